@@ -1,0 +1,1 @@
+"""The stage store: persistent, content-addressed results in plain Zarr."""

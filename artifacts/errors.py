@@ -1,0 +1,16 @@
+"""What can go wrong with the store."""
+
+from pathlib import Path
+
+
+class StoreError(Exception):
+    """The store cannot be used, or was asked for something that it does not hold."""
+
+
+class DamagedArtifact(StoreError):
+    """A finished artifact's files are not what its manifest says."""
+
+    def __init__(self, path: Path, what: str) -> None:
+        super().__init__(f"damaged artifact {path}: {what}")
+        self.path = path
+        self.what = what

@@ -1,0 +1,1 @@
+"""The CRANE method: one file per stage, over `numerics` and `models`."""

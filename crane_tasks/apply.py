@@ -1,0 +1,294 @@
+"""Stage `apply`: the merged checkpoint, written shard by shard.
+
+The artifact holds what the output is (files and digests) and what became of the edit; the
+weights themselves lie in the output folder.
+"""
+
+import json
+from collections import defaultdict
+from dataclasses import astuple, dataclass, fields
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from artifacts.memo import DigestMemo
+from artifacts.ref import Ref
+from artifacts.schema import Schema
+from artifacts.store import Artifact, Built, Draft, Unit, write_atomically
+from crane_tasks.card import Facts, model_card
+from crane_tasks.check import load_tokenizer
+from crane_tasks.context import Context, require_room
+from crane_tasks.edit import Edited, Editor, row_factors
+from crane_tasks.errors import OutputError
+from crane_tasks.models.checkpoint import DTYPES, Checkpoint
+from crane_tasks.models.layout import Slot
+from crane_tasks.models.safetensors_io import Entry, ShardWriter, read_rows
+from crane_tasks.numerics.merge import EditSums, edit_sums
+from crane_tasks.output import (
+    CARD,
+    PROVENANCE,
+    RECIPE_COPY,
+    Shard,
+    check_output,
+    copy_side_files,
+    holds,
+    publish,
+    shard_plan,
+    write_index,
+)
+from crane_tasks.scores import SETS, read_gradient, read_scores
+from crane_tasks.tables import read_table, write_table
+from crane_tasks.threshold import PLAIN
+
+STAGE = "apply"
+VERSION = 1
+COLUMNS = [f.name for f in fields(EditSums)]
+SCHEMA = Schema(
+    arrays={"tensors": ("float64",), "predicted": ("float64",)}, meta=("file", "size", "digest")
+)
+# Bytes of float32 into which a carried tensor is cut while it is copied.
+COPY_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The artifacts that the edit is made of."""
+
+    delta: Ref
+    threshold: Ref
+    scores: Ref
+    projector: Ref
+
+
+def apply_ref(ctx: Context, inputs: Inputs) -> Ref:
+    """The key: α, τ, the recipe's `merge` section, the baseline, and the artifacts."""
+    recipe = ctx.recipe
+    config = {
+        "alpha": recipe.alpha,
+        "tau": recipe.tau,
+        "baseline": recipe.gate.baseline,
+        "merge": recipe.merge.model_dump(mode="json"),
+    }
+    keys = {f.name: getattr(inputs, f.name).key for f in fields(Inputs)}
+    return Ref(STAGE, VERSION, config, {"base": ctx.base_id, "tokenizer": ctx.tokenizer_id, **keys})
+
+
+def check_destination(ctx: Context, ref: Ref, *, force: bool) -> bool:
+    """Whether the output is there already; refuse one that must not be overwritten.
+
+    Raises:
+        OutputError: the folder is an input, or holds something else.
+    """
+    ours = holds(ctx.output, ref.key, shard_plan(ctx.pair().base, ctx.recipe.run.shard_size))
+    places = {"base": ctx.base, "donor": ctx.donor, "store": ctx.store.root.resolve()}
+    check_output(ctx.output, places, ours=ours, force=force)
+    return ours
+
+
+def build_apply(ctx: Context, ref: Ref, inputs: Inputs, *, force: bool = False) -> Built:
+    """Make or find the merged checkpoint. Reused only if the output folder still holds it."""
+    if not check_destination(ctx, ref, force=force) and ctx.store.has(ref):
+        # The record without the checkpoint: the output was moved, deleted or never here.
+        ctx.store.discard(ref)
+    return ctx.store.build(ref, SCHEMA, lambda draft: write_apply(ctx, ref, inputs, draft))
+
+
+def write_apply(ctx: Context, ref: Ref, inputs: Inputs, draft: Draft) -> None:
+    """Unit of work: an output shard. The folder appears when all of it is written."""
+    base = ctx.pair().base
+    plan = shard_plan(base, ctx.recipe.run.shard_size)
+    folder = ctx.output.with_name(f".{ctx.output.name}.draft-{ref.key}")
+    size = sum(e.nbytes for e in base.entries.values())
+    ctx.output.parent.mkdir(parents=True, exist_ok=True)
+    require_room(ctx.output.parent, size, "the merged checkpoint", OutputError)
+    folder.mkdir(exist_ok=True)
+    editor = make_editor(ctx, inputs)
+    gradients = ctx.store.open(inputs.scores)
+    for number, shard in enumerate(plan):
+        name = f"shard.{number}"
+        target = folder / shard.file
+        if not (draft.done(name) and target.exists()):
+            with draft.unit(name) as unit:
+                unit.meta |= {"file": shard.file, **_write_shard(editor, gradients, shard, target,
+                                                                unit)}  # fmt: skip
+        ctx.progress(STAGE, number + 1, len(plan), "shards")
+    files = {
+        record["meta"]["file"]: {k: record["meta"][k] for k in ("size", "digest")}
+        for name, record in draft.units.items()
+        if name in {f"shard.{i}" for i in range(len(plan))}
+    }
+    draft.meta |= {"files": files, "carried": base.carried}
+    _finish_folder(ctx, ref, inputs, plan, folder, files)
+    publish(folder, ctx.output)
+    memo = DigestMemo(ctx.store.root)
+    for file, record in files.items():
+        memo.remember(ctx.output / file, (ctx.output / file).stat(), record["digest"])
+
+
+def make_editor(ctx: Context, inputs: Inputs) -> Editor:
+    """The editor over the stages' artifacts.
+
+    Raises:
+        ScoreError: the baseline has no positive gain in some layer.
+        RecipeError: a row is named by a token that does not exist.
+    """
+    base, merge = ctx.pair().base, ctx.recipe.merge
+    tokenizer = load_tokenizer(ctx.base)
+    factors = {
+        slot.component: row_factors(
+            merge.embedding if slot.component == "embedding" else merge.lm_head,
+            base.pieces[slot.name][0].shape[0],
+            tokenizer,
+            f"merge.{slot.component}",
+        )
+        for slot in base.slots.values()
+        if slot.component in PLAIN
+    }
+    scores = read_scores(
+        ctx.store.open(inputs.scores), base.layout, ctx.recipe.gate.baseline
+    )
+    return Editor(
+        recipe=ctx.recipe,
+        base=base,
+        delta=ctx.store.open(inputs.delta),
+        thresholds=ctx.store.open(inputs.threshold),
+        scores=scores,
+        projector=ctx.store.open(inputs.projector),
+        row_factors=factors,
+        device=ctx.torch_device,
+    )
+
+
+def _write_shard(
+    editor: Editor, gradients: Artifact, shard: Shard, target: Path, unit: Unit
+) -> dict[str, Any]:
+    """Write one file front to back; returns its size and digest."""
+    base = editor.base
+    part = target.with_name(target.name + ".part")
+    rows: list[tuple[str, str, tuple[float, ...]]] = []
+    predicted: list[tuple[str, str, tuple[float, ...]]] = []
+    announced = [(e.name, e.dtype, e.shape) for e in shard.entries]
+    with ShardWriter(part, announced, shard.metadata) as writer:
+        for entry in shard.entries:
+            if base.layout.is_carried(entry.name):
+                _copy(entry, writer)
+                continue
+            for slot_name, expert in base.stored_parts(entry):
+                slot = base.slots[slot_name]
+                sums, change = EditSums(), [0.0, 0.0]
+                for edited in editor.parts(slot, expert):
+                    writer.write(edited.stored)
+                    sums += edit_sums(edited.base, edited.intended, edited.stored, edited.delta)
+                    change = _predicted(gradients, slot, expert, edited, change)
+                name = slot.tensor_name(expert)
+                rows.append((name, slot.component, astuple(sums)))
+                predicted.append((name, slot.component, tuple(change)))
+        digest = writer.close()
+    part.replace(target)
+    write_table(unit, "tensors", COLUMNS, rows)
+    write_table(unit, "predicted", list(SETS), predicted)
+    return {"size": writer.size, "digest": digest}
+
+
+def _copy(entry: Entry, writer: ShardWriter) -> None:
+    total = entry.nbytes // DTYPES[entry.dtype].itemsize
+    step = COPY_BYTES // 4
+    for first in range(0, total, step):
+        last = min(total, first + step)
+        writer.write(read_rows(entry, first, last, (last - first,)))
+
+
+def _predicted(
+    gradients: Artifact, slot: Slot, expert: int, edited: Edited, change: list[float]
+) -> list[float]:
+    """Add Σ g · (realised edit) for both sets; NaN where no gradient was stored.
+
+    Embedding and lm_head are not gated: no gradient is taken, and they add nothing here.
+    """
+    if slot.component in PLAIN:
+        return change
+    realised = edited.stored.float() - edited.base.float()
+    found: list[float] = []
+    for name, before in zip(SETS, change, strict=True):
+        gradient: Tensor | None = read_gradient(gradients, name, slot, expert)
+        if gradient is None:
+            found.append(float("nan"))
+        else:
+            wide = gradient.to(realised.device).float()
+            found.append(before + float((wide * realised).sum(dtype=torch.float64)))
+    return found
+
+
+def _finish_folder(
+    ctx: Context,
+    ref: Ref,
+    inputs: Inputs,
+    plan: list[Shard],
+    folder: Path,
+    files: dict[str, Any],
+) -> None:
+    """Everything beside the weights."""
+    base = ctx.pair().base
+    wanted = {s.file for s in plan}
+    for stale in folder.glob("*.safetensors*"):
+        if stale.name not in wanted:
+            stale.unlink()
+    write_index(base, plan, folder)
+    copy_side_files(ctx.base, folder)
+    recipe = ctx.recipe.model_dump(mode="json", exclude={"run"})
+    (folder / RECIPE_COPY).write_text(yaml.safe_dump(recipe, sort_keys=False))
+    (folder / CARD).write_text(model_card(_facts(ctx, base)))
+    keys = {f.name: getattr(inputs, f.name).key for f in fields(Inputs)}
+    record = {
+        "apply": ref.key,
+        "stages": keys,
+        "base": {"name": ctx.recipe.base, "identity": ctx.base_id},
+        "donor": {"name": ctx.recipe.donor, "identity": ctx.donor_id},
+        "recipe": recipe,
+        "versions": _versions(),
+        "files": files,
+    }
+    write_atomically(folder / PROVENANCE, json.dumps(record, indent=2) + "\n")
+
+
+def _versions() -> dict[str, str]:
+    return {n: metadata.version(n) for n in ("crane-merge", "torch", "transformers")}
+
+
+def _facts(ctx: Context, base: Checkpoint) -> Facts:
+    parameters = sum(
+        torch.Size(e.shape).numel() for e in base.entries.values()
+    )
+    return Facts(
+        recipe=ctx.recipe,
+        base_folder=ctx.base,
+        config=base.config,
+        parameters=parameters,
+        transformers=metadata.version("transformers"),
+    )
+
+
+@dataclass(frozen=True)
+class EditReport:
+    """What became of the edit: per component its sums, and the predicted loss changes."""
+
+    components: dict[str, EditSums]
+    predicted: dict[str, float]
+
+
+def read_edit(artifact: Artifact) -> EditReport:
+    """Aggregate an apply artifact over its shards."""
+    components: dict[str, EditSums] = defaultdict(EditSums)
+    predicted = dict.fromkeys(SETS, 0.0)
+    for unit in artifact.units():
+        for _, component, sums in read_table(artifact, unit, "tensors").rows(EditSums):
+            components[component] = components[component] + sums
+        table = read_table(artifact, unit, "predicted")
+        for row in table.values:
+            for name, value in zip(table.columns, row, strict=True):
+                predicted[name] += value
+    return EditReport(dict(components), predicted)

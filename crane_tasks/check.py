@@ -1,0 +1,102 @@
+"""Everything that can be checked before weights are read (DESIGN 6)."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from crane_tasks.context import Context
+from crane_tasks.errors import CheckpointError
+from crane_tasks.models.checkpoint import listed
+from crane_tasks.models.stream import check_parameters
+
+# Config fields in which an Instruct and a Thinking model may differ: they do not enter the
+# function that the weights compute.
+FREE_FIELDS = frozenset({
+    "_name_or_path", "architectures", "attention_dropout", "bos_token_id", "dtype",
+    "eos_token_id", "id2label", "initializer_range", "label2id", "max_position_embeddings",
+    "output_attentions", "output_hidden_states", "output_router_logits", "pad_token_id",
+    "return_dict", "router_aux_loss_coef", "torch_dtype", "transformers_version", "use_cache",
+    "chunk_size_feed_forward", "is_encoder_decoder", "problem_type", "max_window_layers",
+})  # fmt: skip
+
+
+def check_pair(ctx: Context) -> None:
+    """Configs, tokenizers and parameters of the pair fit; headers were compared already.
+
+    Raises:
+        CheckpointError: with every difference of one kind in one message.
+    """
+    check_configs(ctx.base, ctx.donor)
+    check_tokenizers(ctx.base, ctx.donor)
+    check_parameters(ctx.pair().base)
+
+
+def _plain_config(folder: Path) -> dict[str, Any]:
+    from transformers import AutoConfig
+
+    try:
+        config: dict[str, Any] = AutoConfig.from_pretrained(folder).to_dict()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{folder}: transformers cannot read its config: {error}") from error
+    return config
+
+
+def check_configs(base: Path, donor: Path) -> None:
+    """The two configs describe one function of the weights.
+
+    Read through `AutoConfig`, which knows that `num_local_experts` and `num_experts`, or
+    old and new spellings of the rotary parameters, are the same.
+    """
+    ours, theirs = _plain_config(base), _plain_config(donor)
+    unlike = [
+        f"{key}: {ours.get(key)} against {theirs.get(key)}"
+        for key in sorted((ours.keys() | theirs.keys()) - FREE_FIELDS)
+        if ours.get(key) != theirs.get(key)
+    ]
+    if unlike:
+        raise CheckpointError(
+            f"unlike configs of base {base} and donor {donor}: {listed(unlike)}. CRANE merges "
+            "two checkpoints of one architecture."
+        )
+
+
+def check_tokenizers(base: Path, donor: Path) -> None:
+    """Same vocabulary and same special tokens, so that a row means the same token."""
+    ours, theirs = load_tokenizer(base), load_tokenizer(donor)
+    vocabulary, other = ours.get_vocab(), theirs.get_vocab()
+    moved = sorted(t for t in vocabulary.keys() & other.keys() if vocabulary[t] != other[t])
+    single = sorted(vocabulary.keys() ^ other.keys())
+    if moved or single:
+        raise CheckpointError(
+            f"the tokenizers of {base} and {donor} differ: {listed(map(repr, single + moved))}"
+        )
+    special = special_tokens(ours) ^ special_tokens(theirs)
+    if special:
+        raise CheckpointError(
+            f"special in one tokenizer of {base} and {donor} only: "
+            f"{listed(map(repr, sorted(special)))}"
+        )
+
+
+def special_tokens(tokenizer: Any) -> set[str]:
+    """Every token that the tokenizer marks as special."""
+    added: Mapping[int, Any] = tokenizer.added_tokens_decoder
+    return set(tokenizer.all_special_tokens) | {str(t) for t in added.values() if t.special}
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The checkpoint's fast tokenizer.
+
+    Raises:
+        CheckpointError: it has none, or none with offsets.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{folder}: its tokenizer cannot be loaded: {error}") from error
+    if not tokenizer.is_fast:
+        raise CheckpointError(f"{folder}: needs a fast tokenizer (tokenizer.json) for offsets")
+    return tokenizer

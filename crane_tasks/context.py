@@ -1,0 +1,188 @@
+"""What every stage is given: the recipe, the store, and who the checkpoints are."""
+
+import json
+import shutil
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from artifacts.memo import DigestMemo
+from artifacts.ref import digest_of
+from artifacts.store import Store
+from crane_tasks.errors import CheckpointError, RecipeError
+from crane_tasks.models.checkpoint import INDEX, SINGLE, TOKENIZER_FILES, Pair
+from crane_tasks.recipe import Recipe
+
+HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.jinja", "*.model"]
+
+
+class Progress(Protocol):
+    """Hears how far a stage has come."""
+
+    def __call__(self, stage: str, done: int, total: int, what: str) -> None:
+        """`done` of `total` steps; `what` names the step, e.g. "layers"."""
+
+
+def no_progress(stage: str, done: int, total: int, what: str) -> None:
+    """For callers that show nothing."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """One run's surroundings. Small and picklable: paths and digests, no tensors.
+
+    Attributes:
+        base, donor: the checkpoints' folders.
+        base_id, donor_id: digests of their weights and configs, whatever their paths.
+        tokenizer_id: digest of the base's tokenizer and chat template.
+        output: where the merged checkpoint goes.
+        device: resolved torch device, e.g. "cpu".
+        compute: resolved dtype of forward and backward passes.
+    """
+
+    recipe: Recipe
+    store: Store
+    base: Path
+    donor: Path
+    base_id: str
+    donor_id: str
+    tokenizer_id: str
+    output: Path
+    device: str
+    compute: str
+    progress: Progress = no_progress
+
+    @property
+    def torch_device(self) -> torch.device:
+        return torch.device(self.device)
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        dtype: torch.dtype = getattr(torch, self.compute)
+        return dtype
+
+    def pair(self) -> Pair:
+        """Both checkpoints' headers, read once per process."""
+        return _opened_pair(self.base, self.donor)
+
+
+@lru_cache(maxsize=4)
+def _opened_pair(base: Path, donor: Path) -> Pair:
+    return Pair.open(base, donor)
+
+
+def make_context(recipe: Recipe, store: Store, progress: Progress = no_progress) -> Context:
+    """Find the checkpoints, compare their headers, and identify them by content.
+
+    Raises:
+        CheckpointError: a checkpoint is missing, damaged or no partner of the other.
+        RecipeError: the recipe asks for a device that is not there.
+    """
+    base, donor = checkpoint_folder(recipe, recipe.base), checkpoint_folder(recipe, recipe.donor)
+    device = _device(recipe.run.device)
+    if recipe.run.threads:
+        torch.set_num_threads(recipe.run.threads)
+    _opened_pair.cache_clear()  # the files may have changed since the last merge
+    _opened_pair(base, donor)
+    memo = DigestMemo(store.root)
+    progress("identify", 0, 2, "checkpoints")
+    base_id = checkpoint_identity(base, memo)
+    progress("identify", 1, 2, "checkpoints")
+    donor_id = checkpoint_identity(donor, memo)
+    progress("identify", 2, 2, "checkpoints")
+    compute = recipe.gate.compute
+    if compute == "auto":
+        compute = "float32" if device == "cpu" else "bfloat16"
+    return Context(
+        recipe=recipe,
+        store=store,
+        base=base,
+        donor=donor,
+        base_id=base_id,
+        donor_id=donor_id,
+        tokenizer_id=tokenizer_identity(base, memo),
+        output=output_folder(recipe),
+        device=device,
+        compute=compute,
+        progress=progress,
+    )
+
+
+def output_folder(recipe: Recipe) -> Path:
+    """Where the merge goes: `run.output`, or a folder that names recipe, alpha and tau."""
+    if recipe.run.output is not None:
+        return recipe.place(recipe.run.output).resolve()
+    name = f"{recipe.name}-alpha{recipe.alpha:g}-tau{recipe.tau:g}"
+    return (Path.cwd() / "merged" / name).resolve()
+
+
+def _device(wanted: str) -> str:
+    if wanted == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted.startswith("cuda") and not torch.cuda.is_available():
+        raise RecipeError(f"run.device: {wanted}, but torch finds no CUDA device; use cpu")
+    return wanted
+
+
+def checkpoint_folder(recipe: Recipe, value: str) -> Path:
+    """The folder of a checkpoint given as a folder or as a hub id with optional @revision.
+
+    Raises:
+        CheckpointError: neither is to be had.
+    """
+    found = recipe.locate(value)
+    if found is not None:
+        if not found.is_dir():
+            raise CheckpointError(f"{found}: a checkpoint is a folder, this is a file")
+        return found
+    repo, _, revision = value.partition("@")
+    if repo.count("/") != 1 or repo.startswith((".", "/", "~")):
+        raise CheckpointError(f"{value}: no such checkpoint folder, and not a hub id (owner/name)")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        folder = snapshot_download(repo, revision=revision or None, allow_patterns=HUB_FILES)
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(
+            f"{value}: no such checkpoint folder, and the hub did not give it: {reason}"
+        ) from error
+    return Path(folder)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index = folder / INDEX
+    if not index.exists():
+        return [folder / SINGLE]
+    return [folder / f for f in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+
+
+def checkpoint_identity(folder: Path, memo: DigestMemo) -> str:
+    """A digest of the weights and the config, independent of where the folder lies."""
+    weights = sorted(memo.digest(file) for file in _weight_files(folder))
+    return digest_of({"weights": weights, "config": memo.digest(folder / "config.json")})
+
+
+def tokenizer_identity(folder: Path, memo: DigestMemo) -> str:
+    """A digest of the tokenizer's files and the chat template."""
+    files = [folder / name for name in TOKENIZER_FILES if (folder / name).exists()]
+    return digest_of({file.name: memo.digest(file) for file in files})
+
+
+def require_room(place: Path, needed: int, what: str, error: type[Exception]) -> None:
+    """Refuse work whose result cannot fit on the disk.
+
+    Raises:
+        error: the disk that holds `place` has less than `needed` bytes free.
+    """
+    existing = next(p for p in (place, *place.parents) if p.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise error(
+            f"{place}: {what} needs about {needed / 1e9:.1f} GB, the disk has "
+            f"{free / 1e9:.1f} GB free"
+        )

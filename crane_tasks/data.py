@@ -1,0 +1,129 @@
+"""Rows of conversations, read through `datasets` from JSONL, Parquet or the hub."""
+
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from artifacts.ref import digest_of
+from crane_tasks.errors import DataError
+from crane_tasks.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Row:
+    """One conversation.
+
+    Attributes:
+        place: where it came from, for messages: "reasoning.jsonl line 7".
+        messages: role and content each.
+        tools: function schemas, or None.
+        completion: the target given by the data, or None.
+    """
+
+    place: str
+    messages: Sequence[Mapping[str, Any]]
+    tools: Sequence[Any] | None
+    completion: str | None
+
+    def content(self) -> dict[str, Any]:
+        return {
+            "messages": list(self.messages),
+            "tools": self.tools,
+            "completion": self.completion,
+        }
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of one source, and the digest of their content (not of their path)."""
+
+    source: str
+    rows: tuple[Row, ...]
+    digest: str
+
+
+def load_rows(recipe: Recipe, value: str) -> Rows:
+    """All rows of a file, or of the train split of a hub dataset.
+
+    Raises:
+        DataError: absent, unreadable, empty, or a row that is no conversation; a broken
+            JSONL line is named by its number.
+    """
+    file = recipe.locate(value)
+    if file is None and (value.count("/") != 1 or Path(value).suffix in (".jsonl", ".parquet")):
+        raise DataError(f"{value}: no such data file beside the recipe or in this folder")
+    raw = _read_hub(value) if file is None else _read_file(file)
+    unit = "line" if file is not None and file.suffix == ".jsonl" else "row"
+    name = value if file is None else file.name
+    rows = tuple(
+        _row(record, f"{name} {unit} {number}") for number, record in enumerate(raw, start=1)
+    )
+    if not rows:
+        raise DataError(f"{value}: holds no rows")
+    return Rows(value, rows, digest_of([row.content() for row in rows]))
+
+
+def _read_file(file: Path) -> list[dict[str, Any]]:
+    import datasets
+
+    kind = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}.get(file.suffix)
+    if kind is None:
+        raise DataError(f"{file}: data is JSONL or Parquet, not '{file.suffix}'")
+    if kind == "json":
+        _check_lines(file)
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    # A cache of its own: the shared one would answer with an older version of the file.
+    with tempfile.TemporaryDirectory() as cache:
+        try:
+            found = datasets.load_dataset(
+                kind, data_files=str(file), split="train", cache_dir=cache, keep_in_memory=True
+            )
+            return [dict(record) for record in found]
+        except (datasets.exceptions.DatasetsError, ValueError, OSError, KeyError) as error:
+            reason = str(error.__cause__ or error).splitlines()[0]
+            raise DataError(f"{file}: cannot be read: {reason}") from error
+
+
+def _check_lines(file: Path) -> None:
+    """Name the line that is no JSON object: the loader's own message does not."""
+    with file.open("rb") as stream:
+        for number, line in enumerate(stream, start=1):
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise DataError(f"{file} line {number}: not JSON: {error}") from error
+            if not isinstance(record, dict):
+                raise DataError(f"{file} line {number}: not a JSON object")
+
+
+def _read_hub(name: str) -> list[dict[str, Any]]:
+    import datasets
+
+    datasets.disable_progress_bars()
+    try:
+        return [dict(record) for record in datasets.load_dataset(name, split="train")]
+    except (datasets.exceptions.DatasetsError, ValueError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise DataError(
+            f"{name}: no such data file, and the hub did not give it as a dataset: {reason}"
+        ) from error
+
+
+def _row(record: Mapping[str, Any], place: str) -> Row:
+    messages = record.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise DataError(f"{place}: needs `messages`, a list of {{role, content}}")
+    for message in messages:
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise DataError(f"{place}: every message needs a role")
+        content = message.get("content")
+        if content is not None and not isinstance(content, str | list):
+            raise DataError(f"{place}: the content of a message is text")
+    completion = record.get("completion")
+    if completion is not None and not isinstance(completion, str):
+        raise DataError(f"{place}: `completion` is text")
+    return Row(place, messages, record.get("tools") or None, completion)

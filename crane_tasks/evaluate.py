@@ -1,0 +1,409 @@
+"""Stage `evaluate`: what base, donor and merge do on held-out rows.
+
+Each model is measured once and kept under its content, so a sweep measures base and donor
+never again; the stage's own artifact puts the measurements side by side.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from artifacts.memo import DigestMemo
+from artifacts.ref import Ref, digest_of
+from artifacts.schema import Schema
+from artifacts.store import Artifact, Built, Draft
+from crane_tasks.apply import read_edit
+from crane_tasks.calibration import (
+    TokenSet,
+    build_targets,
+    format_mask,
+    offsets_of,
+    read_set,
+    target_ref,
+)
+from crane_tasks.check import load_tokenizer
+from crane_tasks.context import Context, checkpoint_identity
+from crane_tasks.data import load_rows
+from crane_tasks.models.checkpoint import Checkpoint
+from crane_tasks.models.decode import decode_greedily, load_resident
+from crane_tasks.models.gradients import item_losses
+from crane_tasks.models.stream import LayerStream
+from crane_tasks.recipe import TargetSet
+
+STAGE = "evaluate"
+VERSION = 1
+MEASURE = "measure"
+MEASURE_VERSION = 1
+MEASURE_SCHEMA = Schema(
+    arrays={
+        "losses": ("float64",),
+        "format_states": ("float32",),
+        "token_ids": ("int64",),
+        "offsets": ("int64",),
+    }
+)
+SCHEMA = Schema(arrays={"metrics": ("float64",)})
+GENERATE_BATCH = 32
+POSITION_BLOCK = 64
+CALL = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
+METRICS = (
+    "reasoning_loss",
+    "agent_loss",
+    "tool_calls",
+    "exact_tool_calls",
+    "right_answers",
+    "answer_tokens",
+    "format_divergence",
+)
+
+
+@dataclass(frozen=True)
+class EvaluationSets:
+    """The sets that models are measured on: name -> target set reference.
+
+    Held-out `reasoning` and `agent` where the recipe names them, and the calibration sets,
+    on which the gate's prediction is made.
+    """
+
+    refs: Mapping[str, Ref]
+
+    def heldout(self) -> list[str]:
+        return [name for name in ("reasoning", "agent") if name in self.refs]
+
+
+def heldout_section(ctx: Context, name: str) -> TargetSet | None:
+    """The held-out set `reasoning` or `agent` as a target set, or None."""
+    settings = ctx.recipe.evaluate
+    data = getattr(settings, name)
+    if data is None:
+        return None
+    return TargetSet(
+        data=data,
+        targets="donor" if name == "reasoning" else "base",
+        max_new_tokens=settings.max_new_tokens,
+        max_length=settings.max_length,
+    )
+
+
+def evaluation_sets(ctx: Context, calibration: Mapping[str, Ref]) -> EvaluationSets:
+    """References of all sets that are measured; reads the held-out rows' content."""
+    refs = {f"calibration_{name}": ref for name, ref in calibration.items()}
+    for name in ("reasoning", "agent"):
+        section = heldout_section(ctx, name)
+        if section is not None:
+            refs[name] = target_ref(ctx, section, load_rows(ctx.recipe, section.data))
+    return EvaluationSets(refs)
+
+
+def measure_ref(ctx: Context, model_id: str, sets: EvaluationSets) -> Ref:
+    """The key of one model's measurements."""
+    settings = ctx.recipe.evaluate
+    config = {
+        "compute": ctx.compute,
+        "generate": settings.generate,
+        "max_new_tokens": settings.max_new_tokens if settings.generate else 0,
+        "patterns": list(ctx.recipe.calibration.format.patterns),
+    }
+    keys = {name: ref.key for name, ref in sets.refs.items()}
+    inputs = {"model": model_id, "tokenizer": ctx.tokenizer_id, **keys}
+    return Ref(MEASURE, MEASURE_VERSION, config, inputs)
+
+
+def evaluate_ref(ctx: Context, apply_key: str, sets: EvaluationSets) -> Ref:
+    """The key of the comparison; `apply_key` stands for the merged model."""
+    measured = measure_ref(ctx, apply_key, sets)
+    return Ref(
+        STAGE,
+        VERSION,
+        measured.config,
+        {**measured.inputs, "base": ctx.base_id, "donor": ctx.donor_id},
+    )
+
+
+def build_evaluate(ctx: Context, ref: Ref, apply: Ref, sets: EvaluationSets) -> Built:
+    """Make or find the comparison of base, donor and merged."""
+
+    def write(draft: Draft) -> None:
+        ensure_heldout(ctx, sets)
+        models = {"base": ctx.base, "donor": ctx.donor, "merged": ctx.output}
+        result = compare(ctx, models, sets)
+        predicted = read_edit(ctx.store.open(apply)).predicted
+        result["gate"] = gate_check(result, predicted)
+        write_comparison(result, draft)
+
+    return ctx.store.build(ref, SCHEMA, write)
+
+
+def ensure_heldout(ctx: Context, sets: EvaluationSets) -> None:
+    """Make the held-out target sets; the calibration sets are there already."""
+    for name in sets.heldout():
+        section = heldout_section(ctx, name)
+        assert section is not None, "a held-out set has a section"
+        build_targets(ctx, section, sets.refs[name])
+
+
+def write_comparison(result: dict[str, Any], draft: Draft) -> None:
+    """The metrics as an array [model, metric] (NaN: not measured) and as metadata."""
+    models: dict[str, dict[str, float]] = result["models"]
+    rows = [[m.get(k, float("nan")) for k in METRICS] for m in models.values()]
+    with draft.unit("comparison") as unit:
+        attributes = {"models": list(models), "metrics": list(METRICS)}
+        unit.write("metrics", torch.tensor(rows, dtype=torch.float64), attributes=attributes)
+        unit.meta |= result
+
+
+def compare(ctx: Context, models: Mapping[str, Path], sets: EvaluationSets) -> dict[str, Any]:
+    """Measure every model and put the metrics side by side; "base" must be among them."""
+    memo = DigestMemo(ctx.store.root)
+    opened: dict[str, Artifact] = {}
+    for number, (name, folder) in enumerate(models.items()):
+        ref = measure_ref(ctx, checkpoint_identity(folder, memo), sets)
+
+        def write(draft: Draft, folder: Path = folder) -> None:
+            write_measurements(ctx, folder, sets, draft)
+
+        ctx.store.build(ref, MEASURE_SCHEMA, write)
+        opened[name] = ctx.store.open(ref)
+        ctx.progress(STAGE, number + 1, len(models), "models")
+    tokenizer = load_tokenizer(ctx.base)
+    truths = {name: read_set(ctx.store.open(sets.refs[name])) for name in sets.heldout()}
+    found = {
+        name: _metrics(artifact, truths, tokenizer, ctx.recipe.evaluate.generate)
+        for name, artifact in opened.items()
+    }
+    _add_divergence(ctx, models, opened, found)
+    return {
+        "models": found,
+        "losses": {
+            name: {s: _mean_loss(a, s) for s in sets.refs} for name, a in opened.items()
+        },
+        "rows": {name: len(truth.sequences) for name, truth in truths.items()},
+        "generated": ctx.recipe.evaluate.generate,
+    }
+
+
+def gate_check(result: Mapping[str, Any], predicted: Mapping[str, float]) -> dict[str, Any]:
+    """First-order predicted and realised change of loss on the calibration sets."""
+    losses = result["losses"]
+    realised = {
+        name: losses["merged"][f"calibration_{name}"] - losses["base"][f"calibration_{name}"]
+        for name in predicted
+    }
+    # Not stored, not known: JSON has no NaN.
+    known = {k: v if v == v else None for k, v in predicted.items()}
+    return {"predicted": known, "realised": realised}
+
+
+def write_measurements(ctx: Context, folder: Path, sets: EvaluationSets, draft: Draft) -> None:
+    """Unit of work: one set's losses, one set's answers."""
+    checkpoint = Checkpoint.open(folder)
+    tokenizer = load_tokenizer(ctx.base)
+    stream = LayerStream(checkpoint, device=ctx.torch_device, compute=ctx.compute_dtype)
+    for name, ref in sets.refs.items():
+        if draft.done(name):
+            continue
+        tokens = read_set(ctx.store.open(ref))
+        losses, states = item_losses(stream, tokens.items(), lambda at, of: None)
+        with draft.unit(name) as unit:
+            unit.write("losses", torch.tensor(losses, dtype=torch.float64))
+            if name == "agent":
+                chosen = format_positions(ctx, tokenizer, tokens)
+                rows = [s[p] for s, p in zip(states, chosen, strict=True)]
+                unit.write("format_states", torch.cat(rows).float())
+    del stream
+    if ctx.recipe.evaluate.generate:
+        _write_answers(ctx, folder, sets, tokenizer, draft)
+
+
+def format_positions(ctx: Context, tokenizer: Any, tokens: TokenSet) -> list[Tensor]:
+    """Per item the positions whose next token is a format token of the target: int64 [n]."""
+    patterns = ctx.recipe.calibration.format.patterns
+    found = []
+    for ids, length in zip(tokens.sequences, tokens.target_lengths, strict=True):
+        text = tokenizer.decode(ids, skip_special_tokens=False)
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        if encoded["input_ids"] == ids.tolist():
+            mask = format_mask(text, encoded["offset_mapping"], patterns, radius=0)
+        else:
+            # A decoded target need not be how the tokenizer would cut its text; then
+            # only patterns that are tokens of their own can be placed.
+            singles = torch.tensor(tokenizer.convert_tokens_to_ids(list(patterns)))
+            mask = torch.isin(ids, singles)
+        mask[: ids.numel() - length] = False
+        found.append(mask.nonzero().flatten() - 1)
+    return found
+
+
+def _write_answers(
+    ctx: Context, folder: Path, sets: EvaluationSets, tokenizer: Any, draft: Draft
+) -> None:
+    settings = ctx.recipe.evaluate
+    model = None
+    for name in sets.heldout():
+        if draft.done(f"answers.{name}"):
+            continue
+        if model is None:
+            model = load_resident(folder, ctx.torch_device, ctx.compute_dtype)
+        prompts = _prompts(read_set(ctx.store.open(sets.refs[name])))[: settings.generate]
+        answers: list[list[int]] = []
+        for first in range(0, len(prompts), GENERATE_BATCH):
+            answers += decode_greedily(
+                model,
+                prompts[first : first + GENERATE_BATCH],
+                max_new_tokens=settings.max_new_tokens,
+                pad=tokenizer.pad_token_id,
+                eos=tokenizer.eos_token_id,
+            )
+            ctx.progress(STAGE, len(answers), len(prompts), f"{name} answers")
+        with draft.unit(f"answers.{name}") as unit:
+            unit.write("token_ids", torch.tensor([i for a in answers for i in a]))
+            unit.write("offsets", offsets_of(answers))
+
+
+def _prompts(tokens: TokenSet) -> list[list[int]]:
+    return [
+        ids[: ids.numel() - length].tolist()
+        for ids, length in zip(tokens.sequences, tokens.target_lengths, strict=True)
+    ]
+
+
+def _mean_loss(artifact: Artifact, name: str) -> float:
+    return float(artifact.read(name, "losses").mean())
+
+
+def _metrics(
+    artifact: Artifact, truths: Mapping[str, TokenSet], tokenizer: Any, generate: int
+) -> dict[str, float]:
+    """What one model's measurements say (keys of METRICS; only what was measured)."""
+    found = {f"{name}_loss": _mean_loss(artifact, name) for name in truths}
+    if not generate:
+        return found
+    for name, truth in truths.items():
+        ids = artifact.read(f"answers.{name}", "token_ids")
+        ends = artifact.read(f"answers.{name}", "offsets").tolist()
+        answers = [ids[a:b] for a, b in zip(ends[:-1], ends[1:], strict=True)]
+        texts = [_text(tokenizer, a) for a in answers]
+        wanted = [
+            _text(tokenizer, s[s.numel() - n :])
+            for s, n in zip(truth.sequences, truth.target_lengths, strict=True)
+        ]
+        pairs = list(zip(texts, wanted, strict=False))
+        if name == "agent":
+            found["tool_calls"] = _rate(bool(tool_calls(t)) for t, _ in pairs)
+            found["exact_tool_calls"] = _rate(
+                bool(tool_calls(t)) and tool_calls(t) == tool_calls(w) for t, w in pairs
+            )
+        else:
+            found["right_answers"] = _rate(final_answer(t) == final_answer(w) for t, w in pairs)
+        return found
+
+
+def _rate(hits: Any) -> float:
+    outcomes = list(hits)
+    return sum(outcomes) / max(1, len(outcomes))
+
+
+def _text(tokenizer: Any, ids: Tensor) -> str:
+    """The answer's text without its end-of-sequence token."""
+    text: str = tokenizer.decode(_without_end(tokenizer, ids), skip_special_tokens=False)
+    return text
+
+
+def _without_end(tokenizer: Any, ids: Tensor) -> list[int]:
+    tokens: list[int] = ids.tolist()
+    return tokens[:-1] if tokens and tokens[-1] == tokenizer.eos_token_id else tokens
+
+
+def final_answer(text: str) -> str:
+    """What stands behind the thinking: the text after the last `</think>`, stripped."""
+    return text.rpartition("</think>")[2].strip()
+
+
+def tool_calls(text: str) -> list[dict[str, Any]] | None:
+    """The calls of a well-formed answer, in order; None if there is none or any is broken.
+
+    Well-formed: behind the thinking every tag is paired and holds one JSON object with a
+    name and an object of arguments.
+    """
+    answer = final_answer(text)
+    blocks = CALL.findall(answer)
+    if not blocks or answer.count("<tool_call>") != len(blocks):
+        return None
+    if answer.count("</tool_call>") != len(blocks):
+        return None
+    calls = []
+    for block in blocks:
+        try:
+            call = json.loads(block)
+        except ValueError:
+            return None
+        if not isinstance(call, dict) or not isinstance(call.get("name"), str):
+            return None
+        if not isinstance(call.get("arguments"), dict):
+            return None
+        calls.append({"name": call["name"], "arguments": call["arguments"]})
+    return calls
+
+
+@torch.no_grad()
+def _add_divergence(
+    ctx: Context,
+    models: Mapping[str, Path],
+    opened: Mapping[str, Artifact],
+    found: dict[str, dict[str, float]],
+) -> None:
+    """Mean KL(base ‖ model) of the next token where the agent targets have format tokens."""
+    if not opened["base"].has("agent", "format_states"):
+        return
+    states = {name: artifact.read("agent", "format_states") for name, artifact in opened.items()}
+    if not states["base"].shape[0]:
+        return
+    reference = _log_probabilities(ctx, models["base"], states["base"])
+    for name, folder in models.items():
+        others = _log_probabilities(ctx, folder, states[name])
+        total = 0.0
+        for ours, theirs in zip(reference, others, strict=True):
+            total += float((ours.exp() * (ours - theirs)).sum(dtype=torch.float64))
+        # Rounding can leave the KL of equal distributions a hair below zero.
+        found[name]["format_divergence"] = max(0.0, total / states["base"].shape[0])
+
+
+def _log_probabilities(ctx: Context, folder: Path, states: Tensor) -> list[Tensor]:
+    """Log-probabilities of the next token from last-layer states [n, d], in blocks."""
+    stream = LayerStream(
+        Checkpoint.open(folder), device=ctx.torch_device, compute=ctx.compute_dtype
+    )
+    blocks = []
+    for block in states.split(POSITION_BLOCK):
+        hidden = block[None].to(device=ctx.torch_device, dtype=ctx.compute_dtype)
+        positions = torch.arange(block.shape[0], device=ctx.torch_device)
+        blocks.append(stream.logits(hidden, positions).float().log_softmax(-1).cpu())
+    return blocks
+
+
+def read_comparison(artifact: Artifact) -> dict[str, Any]:
+    """The result of `build_evaluate` as JSON values."""
+    return artifact.unit_meta("comparison")
+
+
+def build_checkpoint_comparison(
+    ctx: Context, checkpoint: Path, sets: EvaluationSets
+) -> tuple[Built, dict[str, Any]]:
+    """Compare any checkpoint of the base's architecture with base and donor."""
+    memo = DigestMemo(ctx.store.root)
+    identity = checkpoint_identity(checkpoint, memo)
+    ref = evaluate_ref(ctx, digest_of({"checkpoint": identity}), sets)
+
+    def write(draft: Draft) -> None:
+        ensure_heldout(ctx, sets)
+        models = {"base": ctx.base, "donor": ctx.donor, "checkpoint": checkpoint}
+        write_comparison(compare(ctx, models, sets), draft)
+
+    built = ctx.store.build(ref, SCHEMA, write)
+    return built, read_comparison(ctx.store.open(ref))

@@ -1,0 +1,1 @@
+"""All knowledge of checkpoints and of the models in them."""

@@ -1,0 +1,120 @@
+"""Activations at the input sites, gathered as Gram matrices in one forward walk.
+
+Only HᵀH (float64, d x d) is kept per site, so memory does not grow with the rows.
+"""
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from crane_tasks.models.layout import Site
+from crane_tasks.models.states import States
+from crane_tasks.models.stream import LayerStream
+
+
+@dataclass
+class Sum:
+    """HᵀH over the rows seen so far: float64 [d, d], and how many rows."""
+
+    total: Float[Tensor, "d d"]
+    rows: int
+
+
+Sums = dict[str, dict[int, Sum]]  # site -> expert (0 if none) -> sum
+GramOf = Callable[[Tensor], Tensor]
+
+
+class _Taps:
+    """Forward hooks on one layer that add up the Gram matrices of chosen rows."""
+
+    def __init__(self, module: nn.Module, sites: Collection[Site], gram: GramOf) -> None:
+        self.sums: Sums = {}
+        self.rows: Tensor | None = None
+        self._gram = gram
+        self._handles = []
+        modules = dict(module.named_modules())
+        for site in sites:
+            if (target := modules.get(site.module)) is None:
+                continue  # a linear-attention layer has no self_attn, and so on
+            hook = {
+                "output": partial(self._output, site.name),
+                "input": partial(self._input, site.name),
+                "routed": partial(self._routed, site.name),
+            }[site.side]
+            self._handles.append(target.register_forward_hook(hook))
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _add(self, site: str, expert: int, rows: Tensor) -> None:
+        if rows.shape[0] == 0:
+            return
+        gram = self._gram(rows)
+        found = self.sums.setdefault(site, {})
+        if expert in found:
+            found[expert].total += gram
+            found[expert].rows += rows.shape[0]
+        else:
+            found[expert] = Sum(gram, rows.shape[0])
+
+    def _chosen(self, states: Tensor) -> Tensor:
+        assert self.rows is not None
+        return states.reshape(-1, states.shape[-1])[self.rows]
+
+    def _output(self, site: str, _module: nn.Module, _args: Any, output: Tensor) -> None:
+        self._add(site, 0, self._chosen(output))
+
+    def _input(self, site: str, _module: nn.Module, args: Any, _output: Tensor) -> None:
+        self._add(site, 0, self._chosen(args[0]))
+
+    def _routed(self, site: str, module: nn.Module, args: Any, _output: Tensor) -> None:
+        """The true input of each expert's down projection, for the rows routed to it."""
+        hidden, chosen = self._chosen(args[0]), args[1][self.rows]
+        experts: Any = module
+        for expert in torch.unique(chosen).tolist():
+            rows = hidden[(chosen == expert).any(dim=-1)]
+            gate, up = nn.functional.linear(rows, experts.gate_up_proj[expert]).chunk(2, dim=-1)
+            self._add(site, int(expert), experts.act_fn(gate) * up)
+
+
+@torch.no_grad()
+def walk_activations(
+    stream: LayerStream,
+    items: list[tuple[Int[Tensor, " T"], Bool[Tensor, " T"]]],
+    sites: Collection[Site],
+    *,
+    gram: GramOf,
+    states: States,
+    done: Collection[int],
+    visit: Callable[[int, Sums], None],
+    progress: Callable[[int, int], None],
+) -> None:
+    """Push the items (token ids, mask of the rows to take) through all layers.
+
+    `visit(layer, sums)` once per layer that is not in `done`, in order; the state behind a
+    visited layer is kept in `states`, so that a killed walk resumes behind it.
+    """
+    entered = [stream.enter(ids) for ids, _ in items]
+    hidden = [h.cpu() for h, _ in entered]
+    masks = [mask.to(stream.device) for _, mask in items]
+    reached = max((i + 1 for i in done if states.has(f"behind.{i}")), default=0)
+    if reached:
+        hidden = states.load(f"behind.{reached - 1}")
+    for layer in range(reached, stream.num_layers):
+        with stream.layer(layer) as module:
+            taps = _Taps(module, sites, gram)
+            for index, (_, calls) in enumerate(entered):
+                taps.rows = masks[index]
+                state = hidden[index].to(stream.device)
+                hidden[index] = stream.run(module, state, calls[layer]).cpu()
+            taps.remove()
+        states.save(f"behind.{layer}", hidden)
+        visit(layer, taps.sums)
+        states.drop(f"behind.{layer - 1}")
+        progress(layer + 1, stream.num_layers)

@@ -1,0 +1,67 @@
+"""Greedy decoding with transformers, the whole model resident."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from crane_tasks.errors import CheckpointError
+from crane_tasks.models.checkpoint import read_config
+from crane_tasks.models.layout import layout_of
+from crane_tasks.models.stream import experts_options
+
+
+def load_resident(folder: Path, device: torch.device, compute: torch.dtype) -> Any:
+    """The model of a checkpoint folder, in `compute` dtype on `device`.
+
+    Raises:
+        CheckpointError: transformers cannot load it.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        options = experts_options(layout_of(read_config(folder)["model_type"]), compute)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=compute, **options)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise CheckpointError(f"{folder}: transformers cannot load it: {error}") from error
+    finally:
+        logging.enable_progress_bar()
+    return model.to(device).eval()
+
+
+@torch.inference_mode()
+def decode_greedily(
+    model: Any, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, pad: int | None, eos: int
+) -> list[list[int]]:
+    """The greedy continuation of each prompt, EOS included where one was reached.
+
+    One batch, padded on the left. Sampling settings of the checkpoint (temperature,
+    repetition penalty) are set aside; its end-of-sequence tokens are kept.
+    """
+    from transformers import GenerationConfig
+
+    stop = model.generation_config.eos_token_id or eos
+    stops = set(stop if isinstance(stop, list) else [stop])
+    pad = eos if pad is None else pad
+    width = max(len(p) for p in prompts)
+    ids = torch.full((len(prompts), width), pad)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = torch.tensor(prompt)
+        mask[row, width - len(prompt) :] = 1
+    settings = GenerationConfig(
+        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=sorted(stops), pad_token_id=pad
+    )
+    model.generation_config = settings
+    out = model.generate(
+        ids.to(model.device), attention_mask=mask.to(model.device), generation_config=settings
+    )
+    answers = []
+    for row in out[:, width:].tolist():
+        # A row that ended early is padded behind its EOS, and pad may be an EOS itself.
+        end = next((i + 1 for i, token in enumerate(row) if token in stops), len(row))
+        answers.append(row[:end])
+    return answers

@@ -1,0 +1,173 @@
+"""What the gate takes from the walk: one forward and one backward for all layers.
+
+Forward: every item's state is pushed through each layer in turn and kept at the boundary.
+Backward, from the last layer down: the layer is loaded once, each item's forward is
+recomputed with grad from its boundary, and the incoming gradient is pulled through it.
+"""
+
+from collections.abc import Callable, Collection, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from crane_tasks.models.states import States
+from crane_tasks.models.stream import Item, LayerCall, LayerStream
+
+Gradients = dict[str, Tensor]  # parameter name within its layer -> float32 gradient
+Sets = Mapping[str, list[Item]]
+Visit = Callable[[int | None, dict[str, Gradients]], None]
+Progress = Callable[[int, int], None]
+
+
+class Accumulator:
+    """Adds up parameter gradients over items in float32 (or wider), whatever the compute dtype.
+
+    Left to autograd, a bfloat16 parameter would collect its gradient in bfloat16.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        self._parameters = parameters
+        self._sums: Gradients = {}
+
+    def collect(self) -> None:
+        """Take the gradients of one item."""
+        for name, parameter in self._parameters.items():
+            if parameter.grad is None:
+                continue
+            if name in self._sums:
+                self._sums[name] += parameter.grad
+            else:
+                wide = torch.promote_types(parameter.grad.dtype, torch.float32)
+                self._sums[name] = parameter.grad.to(wide)
+            parameter.grad = None
+
+    def result(self) -> Gradients:
+        """The sums; a parameter that no item reached (an idle expert) has gradient 0."""
+        for name, parameter in self._parameters.items():
+            if name not in self._sums:
+                wide = torch.promote_types(parameter.dtype, torch.float32)
+                self._sums[name] = torch.zeros_like(parameter, dtype=wide)
+        return self._sums
+
+
+class GradientWalk:
+    """Gradients of the mean item loss of each set, layer by layer."""
+
+    def __init__(self, stream: LayerStream, sets: Sets, states: States) -> None:
+        self._stream = stream
+        self._items = [(name, item) for name, items in sets.items() for item in items]
+        self._names = list(sets)
+        self._states = states
+        entered = [stream.enter(item.ids) for _, item in self._items]
+        self._first = [hidden.cpu() for hidden, _ in entered]
+        self._calls: list[list[LayerCall]] = [calls for _, calls in entered]
+        # Each item's mean token NLL, known once the head was visited.
+        self.losses: dict[str, list[float]] = {name: [] for name in sets}
+
+    def run(self, visit: Visit, done: Collection[int | None], progress: Progress) -> None:
+        """Walk forward and backward; `visit(layer, gradients per set)` once per layer.
+
+        The parameters outside the layers come first, as layer None. Layers in `done` were
+        visited by an earlier, killed walk whose states are still there: they are skipped.
+        """
+        total = 2 * self._stream.num_layers
+        self._forward(progress, total)
+        self._head(visit, done)
+        for layer in reversed(range(self._stream.num_layers)):
+            if layer not in done:
+                visit(layer, self._backward(layer))
+            # Dropped only after the visit has committed the layer: a kill in between
+            # finds either the gradient that entered the layer, or the layer done.
+            self._states.drop(f"grad.{layer + 1}")
+            self._states.drop(f"hidden.{layer}")
+            progress(total - layer, total)
+
+    @torch.no_grad()
+    def _forward(self, progress: Progress, total: int) -> None:
+        stream, states = self._stream, self._states
+        count = stream.num_layers
+        if any(states.has(f"grad.{i}") for i in range(count + 1)):
+            return
+        reached = max((i for i in range(count + 1) if states.has(f"hidden.{i}")), default=None)
+        if reached is None:
+            reached = 0
+            states.save("hidden.0", self._first)
+        hidden = states.load(f"hidden.{reached}")
+        for layer in range(reached, count):
+            with stream.layer(layer) as module:
+                hidden = [
+                    stream.run(module, h.to(stream.device), calls[layer]).cpu()
+                    for h, calls in zip(hidden, self._calls, strict=True)
+                ]
+            states.save(f"hidden.{layer + 1}", hidden)
+            progress(layer + 1, total)
+
+    def _head(self, visit: Visit, done: Collection[int | None]) -> None:
+        """Loss, its gradient at the last state, and the gradients outside the layers."""
+        stream, states = self._stream, self._states
+        count = stream.num_layers
+        if None in done:
+            return
+        hidden = states.load(f"hidden.{count}")
+        gradients: list[Tensor] = [torch.empty(0)] * len(hidden)
+        for p in stream.outside.values():
+            p.requires_grad_(True)
+        found: dict[str, Gradients] = {}
+        for name in self._names:
+            sums = Accumulator(stream.outside)
+            for index, (owner, item) in enumerate(self._items):
+                if owner != name:
+                    continue
+                loss, grad = stream.loss(hidden[index].to(stream.device), item)
+                assert grad is not None
+                gradients[index] = grad.cpu()
+                self.losses[name].append(loss)
+                sums.collect()
+            found[name] = sums.result()
+        for p in stream.outside.values():
+            p.requires_grad_(False)
+        states.save(f"grad.{count}", gradients)
+        visit(None, found)
+        states.drop(f"hidden.{count}")
+
+    def _backward(self, layer: int) -> dict[str, Gradients]:
+        stream, states = self._stream, self._states
+        hidden, incoming = states.load(f"hidden.{layer}"), states.load(f"grad.{layer + 1}")
+        outgoing: list[Tensor] = [torch.empty(0)] * len(hidden)
+        found: dict[str, Gradients] = {}
+        with stream.layer(layer, grad=True) as module:
+            for name in self._names:
+                sums = Accumulator(dict(module.named_parameters()))
+                for index, (owner, _) in enumerate(self._items):
+                    if owner != name:
+                        continue
+                    state = hidden[index].to(stream.device).requires_grad_(True)
+                    out = stream.run(module, state, self._calls[index][layer])
+                    out.backward(incoming[index].to(stream.device))
+                    assert state.grad is not None
+                    outgoing[index] = state.grad.cpu()
+                    sums.collect()
+                found[name] = sums.result()
+        states.save(f"grad.{layer}", outgoing)
+        return found
+
+
+@torch.no_grad()
+def item_losses(
+    stream: LayerStream, items: list[Item], progress: Progress
+) -> tuple[list[float], list[Tensor]]:
+    """Each item's mean token NLL, and its state [T, d] after the last layer; forward only."""
+    entered = [stream.enter(item.ids) for item in items]
+    hidden = [h.cpu() for h, _ in entered]
+    for layer in range(stream.num_layers):
+        with stream.layer(layer) as module:
+            hidden = [
+                stream.run(module, h.to(stream.device), calls[layer]).cpu()
+                for h, (_, calls) in zip(hidden, entered, strict=True)
+            ]
+        progress(layer + 1, stream.num_layers)
+    losses = [
+        stream.loss(h.to(stream.device), item)[0]
+        for h, item in zip(hidden, items, strict=True)
+    ]
+    return losses, [h[0] for h in hidden]

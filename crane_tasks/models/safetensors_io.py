@@ -1,0 +1,216 @@
+"""Reading and writing safetensors files piece by piece.
+
+The safetensors library opens and saves whole tensors; a merge must check headers before it
+reads anything, read one expert out of a stack, and write a shard larger than memory. The
+format is eight bytes of header length, a JSON header, then the tensors' bytes.
+"""
+
+import json
+import os
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from blake3 import blake3
+from torch import Tensor
+
+from crane_tasks.errors import CheckpointError
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+MERGEABLE = ("F32", "F16", "BF16")
+# What the safetensors library accepts; a longer header is not one.
+MAX_HEADER = 100_000_000
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor in a file: `start` and `end` are absolute byte offsets."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    start: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.end - self.start
+
+
+def read_header(file: Path) -> tuple[list[Entry], dict[str, str]]:
+    """The tensors of a file in the order of their bytes, and the header's metadata.
+
+    Raises:
+        CheckpointError: no such file, or its header and size do not fit each other.
+    """
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            prefix = stream.read(8)
+            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size + 1
+            if length > min(size - 8, MAX_HEADER):
+                raise CheckpointError(
+                    f"{file}: truncated or not safetensors: its header should be {length} "
+                    f"bytes long, the file has {size}. Download it again."
+                )
+            header: dict[str, Any] = json.loads(stream.read(length))
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{file}: its safetensors header is not JSON: {error}") from error
+    metadata = header.pop("__metadata__", {})
+    entries = [_entry(file, name, spec, 8 + length, size) for name, spec in header.items()]
+    return sorted(entries, key=lambda e: (e.start, e.name)), metadata
+
+
+def _entry(file: Path, name: str, spec: Mapping[str, Any], origin: int, size: int) -> Entry:
+    try:
+        dtype, shape, (start, end) = spec["dtype"], tuple(spec["shape"]), spec["data_offsets"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{file}: malformed header entry for {name}") from error
+    if dtype not in DTYPES:
+        raise CheckpointError(
+            f"{file}: {name} has dtype {dtype}, which cannot be merged "
+            f"(known: {', '.join(DTYPES)}). Dequantise the checkpoint first."
+        )
+    expected = DTYPES[dtype].itemsize
+    for extent in shape:
+        expected *= extent
+    if end - start != expected:
+        raise CheckpointError(f"{file}: {name} {list(shape)} needs {expected} bytes, "
+                              f"its header gives it {end - start}")
+    if origin + end > size:
+        raise CheckpointError(
+            f"{file}: truncated: {name} ends at byte {origin + end}, the file has {size}. "
+            "Download it again."
+        )
+    return Entry(name, dtype, shape, file, origin + start, origin + end)
+
+
+def read_bytes(file: Path, start: int, count: int) -> bytearray:
+    """`count` bytes from `start`; a short read is an error, never zeros."""
+    buffer = bytearray(count)
+    view = memoryview(buffer)
+    with file.open("rb", buffering=0) as stream:
+        done = 0
+        while done < count:
+            got = os.preadv(stream.fileno(), [view[done : done + 2**30]], start + done)
+            if got == 0:
+                raise CheckpointError(f"{file}: ends before byte {start + count}")
+            done += got
+    return buffer
+
+
+def read_rows(entry: Entry, first: int, last: int, shape: tuple[int, ...]) -> Tensor:
+    """Rows [first, last) of the tensor seen as 2-D-or-more, reshaped to `shape`.
+
+    `shape` must have as many elements; rows are those of the first axis after the tensor
+    is flattened to [-1, columns], where columns is the product of `shape[1:]`.
+    """
+    dtype = DTYPES[entry.dtype]
+    columns = 1
+    for extent in shape[1:]:
+        columns *= extent
+    width = columns * dtype.itemsize
+    count = (last - first) * width
+    if count == 0:
+        return torch.empty(shape, dtype=dtype)
+    raw = read_bytes(entry.file, entry.start + first * width, count)
+    return torch.frombuffer(raw, dtype=dtype).reshape(shape)
+
+
+def header_bytes(
+    tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]
+) -> bytes:
+    """The header of a file that holds these (name, dtype, shape) in this order."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    offset = 0
+    for name, dtype, shape in tensors:
+        count = DTYPES[dtype].itemsize
+        for extent in shape:
+            count *= extent
+        header[name] = {
+            "dtype": dtype,
+            "shape": list(shape),
+            "data_offsets": [offset, offset + count],
+        }
+        offset += count
+    text = json.dumps(header, separators=(",", ":")).encode()
+    # The format wants tensor data aligned to eight bytes.
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor on the CPU, without a copy when it is contiguous."""
+    flat = tensor.detach().contiguous().cpu().flatten()
+    return memoryview(flat.view(torch.uint8).numpy())
+
+
+class ShardWriter:
+    """Writes one safetensors file front to back, hashing it on the way.
+
+    The caller writes the tensors' bytes in the order it announced; `close` checks that
+    the size is exact, then flushes to disk.
+    """
+
+    def __init__(
+        self,
+        file: Path,
+        tensors: list[tuple[str, str, tuple[int, ...]]],
+        metadata: Mapping[str, str],
+    ) -> None:
+        head = header_bytes(tensors, metadata)
+        self.file = file
+        self._expected = len(head)
+        for _, dtype, shape in tensors:
+            self._expected += torch.Size(shape).numel() * DTYPES[dtype].itemsize
+        self._digest = blake3()
+        self.size = 0
+        self._stream = file.open("wb")
+        self._put(head)
+
+    def _put(self, data: bytes | memoryview) -> None:
+        self._stream.write(data)
+        self._digest.update(data)
+        self.size += len(data)
+
+    def write(self, tensor: Tensor) -> None:
+        """Append the tensor's bytes."""
+        self._put(tensor_bytes(tensor))
+
+    def close(self) -> str:
+        """Flush and return the file's blake3; the size must be the announced one."""
+        if self.size != self._expected:
+            raise RuntimeError(f"{self.file}: wrote {self.size} of {self._expected} bytes")
+        self._stream.flush()
+        os.fsync(self._stream.fileno())
+        self._stream.close()
+        return self._digest.hexdigest()
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stream.close()

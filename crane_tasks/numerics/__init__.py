@@ -1,0 +1,1 @@
+"""The formulas of the method: tensors in, tensors out."""

@@ -1,0 +1,106 @@
+"""S, the Conservative Taylor Gate (DESIGN 1, "S").
+
+Per coordinate `s_K = -g_K δ` is the first-order gain of moving along the delta for
+calibration set K, and `p = max(0, min(s_R, s_A))` what both sets agree on. Per component c
+and layer l
+
+    S_raw(c, l) = Σ p / sqrt(Σ θ_base²),     S(c, l) = S_raw(c, l) / S_raw(baseline, l)
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class GainSums:
+    """Additive sums over the coordinates of one or more tensors; float64 each.
+
+    Attributes:
+        p: Σ max(0, min(s_R, s_A)), in nats of loss.
+        s_r, s_a: Σ s_R and Σ s_A: minus the first-order change of each set's loss.
+        s_r2, s_a2: Σ s_R² and Σ s_A².
+        base2, delta2: Σ θ_base² and Σ δ².
+        numel: number of coordinates.
+    """
+
+    p: float = 0.0
+    s_r: float = 0.0
+    s_a: float = 0.0
+    s_r2: float = 0.0
+    s_a2: float = 0.0
+    base2: float = 0.0
+    delta2: float = 0.0
+    numel: float = 0.0
+
+    def __add__(self, other: "GainSums") -> "GainSums":
+        return GainSums(
+            *(getattr(self, f.name) + getattr(other, f.name) for f in fields(GainSums))
+        )
+
+
+def gain_sums(
+    base: Float[Tensor, "*shape"],
+    delta: Float[Tensor, "*shape"],
+    grad_r: Float[Tensor, "*shape"],
+    grad_a: Float[Tensor, "*shape"],
+) -> GainSums:
+    """The sums of one tensor. Products in the inputs' dtype, accumulated in float64."""
+    s_r, s_a = -grad_r * delta, -grad_a * delta
+    p = torch.minimum(s_r, s_a).clamp_min_(0)
+
+    def total(x: Tensor) -> float:
+        return float(x.sum(dtype=torch.float64))
+
+    return GainSums(
+        p=total(p),
+        s_r=total(s_r),
+        s_a=total(s_a),
+        s_r2=total(s_r.square()),
+        s_a2=total(s_a.square()),
+        base2=total(base.double().square()),
+        delta2=total(delta.double().square()),
+        numel=float(base.numel()),
+    )
+
+
+def raw_score(sums: GainSums) -> float:
+    """S_raw = Σ p / sqrt(Σ θ_base²); 0 for a component whose base is all zeros."""
+    return sums.p / math.sqrt(sums.base2) if sums.base2 > 0 else 0.0
+
+
+class NoGain(ValueError):
+    """The baseline component has no positive gain, so nothing can be divided by it."""
+
+    def __init__(self, baseline: str, place: str) -> None:
+        super().__init__(f"{place}: baseline '{baseline}' has no positive gain")
+        self.baseline = baseline
+        self.place = place
+
+
+def normalised(
+    sums: Mapping[str, GainSums], baseline: str, place: str
+) -> dict[str, float]:
+    """S(c) = S_raw(c) / S_raw(baseline) for the components of one layer, or of all layers.
+
+    Raises:
+        NoGain: the baseline is absent or its gain is not positive.
+    """
+    reference = raw_score(sums[baseline]) if baseline in sums else 0.0
+    # A baseline of 1e-12 would inflate every score a trillionfold: refuse, never clamp.
+    if not reference > 0 or not math.isfinite(reference):
+        raise NoGain(baseline, place)
+    return {component: raw_score(s) / reference for component, s in sums.items()}
+
+
+def pooled(parts: Iterable[Mapping[str, GainSums]]) -> dict[str, GainSums]:
+    """Component by component the sum over several layers."""
+    total: dict[str, GainSums] = {}
+    for part in parts:
+        for component, sums in part.items():
+            total[component] = total.get(component, GainSums()) + sums
+    return total

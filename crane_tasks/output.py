@@ -1,0 +1,172 @@
+"""The output folder: shard plan, side files, provenance, and its appearance all at once."""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from artifacts.store import sync_folder
+from crane_tasks.errors import OutputError, RecipeError
+from crane_tasks.models.checkpoint import INDEX, SINGLE, Checkpoint
+from crane_tasks.models.safetensors_io import Entry
+
+PROVENANCE = "crane.json"
+RECIPE_COPY = "crane_recipe.yaml"
+CARD = "README.md"
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
+UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of the output and its tensors, in the order of their bytes."""
+
+    file: str
+    entries: tuple[Entry, ...]
+    metadata: Mapping[str, str]
+
+
+def parse_size(value: int | str) -> int:
+    """Bytes from a number or from "5GB".
+
+    Raises:
+        RecipeError: it is neither.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?B?)", str(value).strip().upper())
+    unit = match.group(2) if match else None
+    if unit is not None and unit != "B" and unit and not unit.endswith("B"):
+        unit += "B"
+    size = int(float(match.group(1)) * UNITS["" if unit == "B" else unit or ""]) if match else 0
+    if size <= 0:
+        raise RecipeError(f"run.shard_size: {value!r} is no size; write bytes or 5GB")
+    return size
+
+
+def shard_plan(base: Checkpoint, shard_size: int | str | None) -> list[Shard]:
+    """The base's own files, or its tensors in order filled into files of at most `shard_size`.
+
+    A tensor larger than that has a file of its own.
+    """
+    if shard_size is None:
+        return [
+            Shard(
+                file.name,
+                tuple(e for e in base.entries.values() if e.file == file),
+                base.metadata[file],
+            )
+            for file in base.files
+        ]
+    limit = parse_size(shard_size)
+    groups: list[list[Entry]] = [[]]
+    for entry in base.entries.values():
+        if groups[-1] and sum(e.nbytes for e in groups[-1]) + entry.nbytes > limit:
+            groups.append([])
+        groups[-1].append(entry)
+    metadata = base.metadata[base.files[0]]
+    if len(groups) == 1:
+        return [Shard(SINGLE, tuple(groups[0]), metadata)]
+    names = (f"model-{i:05}-of-{len(groups):05}.safetensors" for i in range(1, len(groups) + 1))
+    return [Shard(name, tuple(g), metadata) for name, g in zip(names, groups, strict=True)]
+
+
+def write_index(base: Checkpoint, plan: list[Shard], folder: Path) -> None:
+    """The index of the plan: the base's own, byte for byte, where the plan is the base's."""
+    own = [file.name for file in base.files]
+    if [s.file for s in plan] == own:
+        if (base.folder / INDEX).exists():
+            shutil.copyfile(base.folder / INDEX, folder / INDEX)
+        return
+    if len(plan) > 1:
+        total = sum(e.nbytes for s in plan for e in s.entries)
+        weight_map = {e.name: s.file for s in plan for e in s.entries}
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def copy_side_files(base: Path, folder: Path) -> list[str]:
+    """Config, tokenizer, chat template and every other file of the base, byte for byte.
+
+    Left out: weights in any format, their index, the base's own card, hidden files.
+    """
+    copied = []
+    for source in sorted(p for p in base.rglob("*") if p.is_file()):
+        relative = source.relative_to(base)
+        hidden = any(part.startswith(".") for part in relative.parts)
+        ours = relative.as_posix() in (CARD, INDEX, PROVENANCE, RECIPE_COPY)
+        weights = source.suffix in WEIGHT_SUFFIXES or source.name.endswith(".index.json")
+        if hidden or ours or weights:
+            continue
+        target = folder / relative
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, target)
+        copied.append(relative.as_posix())
+    return copied
+
+
+def provenance(folder: Path) -> dict[str, Any] | None:
+    """What a finished merge says of itself, or None if the folder is none."""
+    try:
+        found = json.loads((folder / PROVENANCE).read_text())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) and "apply" in found and "files" in found else None
+
+
+def holds(folder: Path, key: str, plan: list[Shard]) -> bool:
+    """Whether the folder is the whole merge of this key, in these shards."""
+    found = provenance(folder)
+    if found is None or found["apply"] != key:
+        return False
+    files: dict[str, Any] = found["files"]
+    return files.keys() == {s.file for s in plan} and all(
+        (folder / name).exists() and (folder / name).stat().st_size == record["size"]
+        for name, record in files.items()
+    )
+
+
+def check_output(folder: Path, inputs: Mapping[str, Path], *, ours: bool, force: bool) -> None:
+    """Refuse an output that would destroy something.
+
+    Args:
+        inputs: the folders that are read, by role.
+        ours: the folder holds this very merge.
+        force: whatever merge it holds may be replaced.
+
+    Raises:
+        OutputError: it is, holds or lies in an input; or it exists and is another thing.
+    """
+    for role, path in inputs.items():
+        if folder == path or folder in path.parents or path in folder.parents:
+            raise OutputError(f"{folder}: the output would overwrite the {role} {path}")
+    if ours or not folder.exists():
+        return
+    if not folder.is_dir():
+        raise OutputError(f"{folder}: the output is a folder, this is a file")
+    if not any(folder.iterdir()):
+        return
+    what = "another merge" if provenance(folder) else "something that is no merge"
+    if not force or not provenance(folder):
+        hint = " or give --force to replace it" if provenance(folder) else ""
+        raise OutputError(f"{folder}: exists and holds {what}. Choose another --output{hint}.")
+
+
+def publish(draft: Path, folder: Path) -> None:
+    """Make the finished draft the output, in one rename."""
+    for file in draft.rglob("*"):
+        if file.is_file():
+            with file.open("rb+") as stream:
+                os.fsync(stream.fileno())
+    sync_folder(draft)
+    if folder.exists():
+        old = folder.with_name(f".{folder.name}.replaced")
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+        draft.rename(folder)
+        shutil.rmtree(old)
+    else:
+        draft.rename(folder)
+    sync_folder(folder.parent)

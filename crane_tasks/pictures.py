@@ -1,0 +1,137 @@
+"""The report's pictures, as PNG bytes."""
+
+import io
+from collections.abc import Mapping
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from artifacts.store import Artifact
+from crane_tasks.apply import EditReport
+from crane_tasks.numerics.projector import STEEPNESS
+from crane_tasks.scores import Scores
+
+DPI = 110
+# A picture with a line per layer of a 48-layer model would be a blur: this many are shown.
+LINES = 8
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure)
+    figure.savefig(buffer, format="png", dpi=DPI, bbox_inches="tight", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def score_map(scores: Scores) -> bytes:
+    """S per layer and component as a heat map; the colour is logarithmic around 1."""
+    components = list(scores.per_component)
+    layers = sorted(scores.per_layer)
+    values = np.full((len(components), len(layers)), np.nan)
+    for x, layer in enumerate(layers):
+        for y, component in enumerate(components):
+            values[y, x] = scores.per_layer[layer].get(component, np.nan)
+    # A score of 0 has no logarithm: it takes the coldest colour there is.
+    logs = np.log2(np.clip(values, 2.0**-6, 2.0**6))
+    figure = Figure(figsize=(max(5.0, 1.5 + 0.45 * len(layers)), 1.2 + 0.42 * len(components)))
+    axes = figure.subplots()
+    image = axes.imshow(logs, aspect="auto", cmap="RdBu_r", vmin=-6, vmax=6)
+    axes.set_yticks(range(len(components)), components)
+    step = max(1, len(layers) // 24)
+    axes.set_xticks(range(0, len(layers), step), [str(x) for x in layers[::step]])
+    axes.set_xlabel("layer")
+    if len(layers) <= 12:
+        for (y, x), value in np.ndenumerate(values):
+            if np.isfinite(value):
+                light = abs(logs[y, x]) > 3.5
+                axes.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=8,
+                          color="white" if light else "black")  # fmt: skip
+    bar = figure.colorbar(image, ax=axes)
+    bar.set_ticks([-6, -3, 0, 3, 6], labels=["1/64", "1/8", "1", "8", "64"])
+    axes.set_title("S: score per component and layer")
+    return _png(figure)
+
+
+def _spectra(projector: Artifact) -> dict[str, dict[int, np.ndarray]]:
+    """σ / σ₁ per site and layer; for an expert site, the expert with the most rows."""
+    found: dict[str, dict[int, np.ndarray]] = {}
+    for unit in projector.units():
+        layer = int(unit.removeprefix("layer."))
+        for array in projector.arrays(unit):
+            site, _, kind = array.rpartition(".")
+            if kind != "sigma":
+                continue
+            sigma = projector.read(unit, array).numpy()
+            if sigma.ndim == 2:
+                sigma = sigma[int(projector.read(unit, f"{site}.rows").argmax())]
+            sigma = sigma[sigma > 0]
+            if sigma.size:
+                found.setdefault(site, {})[layer] = sigma / sigma[0]
+    return found
+
+
+def spectrum(projector: Artifact, tau: float) -> bytes:
+    """Singular values relative to the first, per site, and the sigmoid's weight at tau."""
+    spectra = _spectra(projector)
+    figure = Figure(figsize=(4.6 * max(1, len(spectra)), 3.6))
+    panels = figure.subplots(1, max(1, len(spectra)), squeeze=False)[0]
+    for axes, (site, lines) in zip(panels, sorted(spectra.items()), strict=False):
+        layers = sorted(lines)
+        chosen = sorted({layers[i] for i in np.linspace(0, len(layers) - 1, LINES, dtype=int)})
+        for index, layer in enumerate(chosen):
+            shade = 0.15 + 0.75 * index / max(1, len(chosen) - 1)
+            axes.plot(np.arange(1, lines[layer].size + 1), lines[layer], color=(0.1, 0.3, shade),
+                      lw=1, label=f"layer {layer}")  # fmt: skip
+        axes.axhline(tau, color="#c0392b", lw=1, ls="--", label=f"tau = {tau:g}")
+        axes.set(xscale="log", yscale="log", title=site, xlabel="direction")
+        axes.set_ylim(bottom=1e-5, top=1.5)
+        weight = axes.twiny()
+        levels = np.geomspace(1e-5, 1.0, 400)
+        exponent = np.clip(STEEPNESS / tau * (levels - tau), -60, 60)
+        weight.plot(1 / (1 + np.exp(-exponent)), levels, color="#c0392b", alpha=0.5)
+        weight.set_xlim(0, 1.02)
+        weight.set_xlabel("protection w", color="#c0392b", fontsize=8)
+    panels[0].set_ylabel("singular value / largest")
+    panels[0].legend(fontsize=7, loc="lower left")
+    figure.tight_layout()
+    return _png(figure)
+
+
+def edit_bars(edit: EditReport) -> bytes:
+    """Per component: size of delta and edit relative to the base, and what survived."""
+    components = [c for c, s in edit.components.items() if s.base2 > 0]
+    sums = [edit.components[c] for c in components]
+    figure = Figure(figsize=(9.5, 3.4))
+    left, right = figure.subplots(1, 2)
+    at = np.arange(len(components))
+    left.bar(at - 0.2, [(s.delta2 / s.base2) ** 0.5 for s in sums], 0.4, label="delta",
+             color="#b0bec5")  # fmt: skip
+    left.bar(at + 0.2, [(s.intended2 / s.base2) ** 0.5 for s in sums], 0.4, label="edit",
+             color="#1f5fa8")  # fmt: skip
+    left.set_title("norm relative to the base")
+    left.legend(fontsize=8)
+    survived: Mapping[str, list[float]] = {
+        "norm ratio": [s.survived if s.intended2 else 0.0 for s in sums],
+        "cosine": [s.cosine if s.intended2 else 0.0 for s in sums],
+    }
+    for offset, (label, values) in zip((-0.2, 0.2), survived.items(), strict=True):
+        right.bar(at + offset, values, 0.4, label=label)
+    right.axhline(1.0, color="grey", lw=0.7)
+    right.set_title("edit that survived rounding")
+    right.legend(fontsize=8)
+    for axes in (left, right):
+        axes.set_xticks(at, components, rotation=30, ha="right", fontsize=8)
+    figure.tight_layout()
+    return _png(figure)
+
+
+def draw_all(
+    scores: Scores, edit: EditReport, projector: Artifact, tau: float
+) -> dict[str, tuple[str, bytes]]:
+    """All pictures: file stem -> (title, PNG)."""
+    return {
+        "scores": ("S per component and layer", score_map(scores)),
+        "spectrum": ("Singular spectrum and protection per site", spectrum(projector, tau)),
+        "edit": ("Edit size and survival per component", edit_bars(edit)),
+    }

@@ -1,0 +1,132 @@
+"""Stage `projector`: the base's format directions V and their strengths σ at every site.
+
+τ is not in it: the weights w(σ, τ) are made when the edit is applied.
+"""
+
+import torch
+from torch import Tensor
+
+from artifacts.ref import Ref
+from artifacts.schema import Schema
+from artifacts.store import Artifact, Built, Draft, Unit
+from crane_tasks.calibration import read_set
+from crane_tasks.context import Context
+from crane_tasks.models.activations import Sum, Sums, walk_activations
+from crane_tasks.models.layout import Layout, Site, Slot, unit_name
+from crane_tasks.models.states import States
+from crane_tasks.models.stream import LayerStream
+from crane_tasks.numerics.projector import Basis, basis_from_gram, gram
+
+STAGE = "projector"
+VERSION = 1
+SCHEMA = Schema(arrays={r".+\.directions": ("float32",), r".+\.sigma": ("float64",),
+                        r".+\.rows": ("int64",)})  # fmt: skip
+
+
+def projector_ref(ctx: Context, format_set: Ref) -> Ref:
+    """The key: the base, the format set and the recipe's `projector` section."""
+    config = {**ctx.recipe.projector.model_dump(mode="json"), "compute": ctx.compute}
+    return Ref(STAGE, VERSION, config, {"base": ctx.base_id, "format": format_set.key})
+
+
+def build_projector(ctx: Context, ref: Ref, format_set: Ref) -> Built:
+    """Make or find the projector."""
+
+    def write(draft: Draft) -> None:
+        write_projector(ctx, ctx.store.open(format_set), draft)
+
+    return ctx.store.build(ref, SCHEMA, write)
+
+
+def sites_in_use(layout: Layout, sites: str) -> list[Site]:
+    """The published sites, or with "all" the true inputs of o_proj and down_proj as well."""
+    return [site for site in layout.sites if sites == "all" or not site.extended]
+
+
+def write_projector(ctx: Context, format_set: Artifact, draft: Draft) -> None:
+    """Unit of work: a decoder layer."""
+    base, settings = ctx.pair().base, ctx.recipe.projector
+    stream = LayerStream(base, device=ctx.torch_device, compute=ctx.compute_dtype)
+    tokens = read_set(format_set)
+    items = list(zip(tokens.sequences, tokens.masks, strict=True))
+
+    def visit(layer: int, sums: Sums) -> None:
+        with draft.unit(unit_name(layer)) as unit:
+            for site, by_expert in sums.items():
+                bases = {
+                    expert: _basis(found, settings.rank, settings.cutoff)
+                    for expert, found in by_expert.items()
+                }
+                _write_site(unit, site, bases, _experts(ctx, layer, site))
+
+    walk_activations(
+        stream,
+        items,
+        sites_in_use(base.layout, settings.sites),
+        gram=gram,
+        states=States(draft.scratch),
+        done={i for i in range(base.num_layers) if draft.done(unit_name(i))},
+        visit=visit,
+        progress=lambda at, of: ctx.progress(STAGE, at, of, "layers"),
+    )
+
+
+def _experts(ctx: Context, layer: int, site: str) -> int | None:
+    """How many experts a site is stacked over, None for a plain one."""
+    base = ctx.pair().base
+    for slot in base.slots.values():
+        if slot.layer == layer and slot.site and slot.site.name == site:
+            routed = slot.site.side == "routed"
+            return len(base.pieces[slot.name]) if routed else None
+    return None
+
+
+def _basis(found: Sum, rank: int, cutoff: float) -> Basis:
+    return basis_from_gram(found.total, found.rows, rank=rank, cutoff=cutoff)
+
+
+def _write_site(unit: Unit, site: str, bases: dict[int, Basis], experts: int | None) -> None:
+    """One site; the bases of experts are stacked, padded with zero directions."""
+    if experts is None:
+        basis = bases[0]
+        unit.write(f"{site}.directions", basis.directions)
+        unit.write(f"{site}.sigma", basis.sigma)
+        unit.write(f"{site}.rows", torch.tensor([basis.rows]))
+        return
+    width = next(iter(bases.values())).directions.shape[0]
+    rank = max(b.sigma.numel() for b in bases.values())
+    directions, sigma = torch.zeros(experts, width, rank), torch.zeros(experts, rank).double()
+    rows = torch.zeros(experts, dtype=torch.int64)
+    for expert, basis in bases.items():
+        r = basis.sigma.numel()
+        directions[expert, :, :r], sigma[expert, :r] = basis.directions.cpu(), basis.sigma.cpu()
+        rows[expert] = basis.rows
+    unit.write(f"{site}.directions", directions, stacked=True)
+    unit.write(f"{site}.sigma", sigma, stacked=True)
+    unit.write(f"{site}.rows", rows)
+
+
+def basis_site(artifact: Artifact, slot: Slot, width: int) -> Site | None:
+    """The site whose basis protects a tensor with inputs of `width`, or None.
+
+    Its own where the artifact has it; else the one it borrows, if that is as wide.
+    """
+    if slot.site is None:
+        return None
+    if artifact.has(slot.unit, f"{slot.site.name}.sigma"):
+        return slot.site
+    borrowed = slot.borrows
+    if borrowed is None or not artifact.has(slot.unit, f"{borrowed.name}.sigma"):
+        return None
+    return borrowed if artifact.shape(slot.unit, f"{borrowed.name}.directions")[0] == width else None
+
+
+def read_basis(
+    artifact: Artifact, slot: Slot, site: Site, expert: int
+) -> tuple[Tensor, Tensor] | None:
+    """V float32 [d, r] and σ float64 [r] of a site; None for an expert no format token reached."""
+    index = expert if site.side == "routed" else ...
+    directions = artifact.read(slot.unit, f"{site.name}.directions", index)
+    sigma = artifact.read(slot.unit, f"{site.name}.sigma", index)
+    kept = int((sigma > 0).sum())
+    return (directions[:, :kept], sigma[:kept]) if kept else None

@@ -1,0 +1,230 @@
+"""The recipe: one frozen schema, the only home of defaults.
+
+A stage's key digests the stage's own section alone, so an unrelated edit rebuilds nothing;
+`run` is part of no key.
+"""
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
+
+from crane_tasks.errors import RecipeError
+
+FORMAT_PATTERNS = (
+    "<tool_call>",
+    "</tool_call>",
+    "<tool_response>",
+    "</tool_response>",
+    "<|im_start|>",
+    "<|im_end|>",
+)
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, and a misspelt key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class TargetSet(Section):
+    """A set of prompts whose continuations are the targets."""
+
+    data: str = Field(description="JSONL or Parquet file, or the id of a hub dataset")
+    targets: Literal["donor", "base"] = Field(
+        description="who continues the rows that have no `completion`"
+    )
+    max_new_tokens: int = Field(default=2048, gt=0)
+    max_length: int = Field(default=2048, gt=1, description="prompt and target, in tokens")
+
+
+class ReasoningSet(TargetSet):
+    targets: Literal["donor", "base"] = "donor"
+    max_new_tokens: int = Field(default=8192, gt=0)
+
+
+class AgentSet(TargetSet):
+    targets: Literal["donor", "base"] = "base"
+
+
+class FormatSet(Section):
+    """Complete conversations whose format tokens are protected."""
+
+    data: str
+    radius: int = Field(default=3, ge=0, description="neighbours taken on either side")
+    max_length: int = Field(default=4096, gt=0)
+    patterns: tuple[str, ...] = Field(default=FORMAT_PATTERNS, min_length=1)
+
+
+class Calibration(Section):
+    reasoning: ReasoningSet
+    agent: AgentSet
+    format: FormatSet
+
+
+class Gate(Section):
+    baseline: Literal[
+        "auto", "attention", "linear_attn", "expert", "shared_expert", "ffn", "router", "norm"
+    ] = Field(default="auto", description="component whose score is 1 in every layer")
+    store_gradients: bool = Field(default=True, description="keep g_R and g_A in bf16")
+    compute: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto", description="auto: float32 on CPU, bfloat16 on a GPU"
+    )
+
+
+class Projector(Section):
+    rank: int = Field(default=256, gt=0)
+    cutoff: float = Field(default=1.0e-5, ge=0, lt=1, description="smallest σ/σ₁ kept")
+    sites: Literal["published", "all"] = "published"
+
+
+class Rows(Section):
+    """Embedding or lm_head: not gated, moved by a plain fraction of the delta."""
+
+    scale: Finite = Field(default=0.0, ge=0, description="fraction of the delta, every row")
+    rows: dict[str, Finite] = Field(default={}, description="token -> fraction for its row")
+    keep_special: bool = Field(default=True, description="special tokens' rows stay at base")
+
+
+class LmHead(Rows):
+    scale: Finite = Field(default=0.03, ge=0, description="fraction of the delta, every row")
+
+
+class Merge(Section):
+    router: Literal["gated", "slerp"] = "gated"
+    embedding: Rows = Field(default=Rows())
+    lm_head: LmHead = Field(default=LmHead())
+    rounding: Literal["nearest", "stochastic"] = "nearest"
+    seed: int = Field(default=0, ge=0, description="of the stochastic rounding")
+
+
+class Evaluate(Section):
+    reasoning: str | None = Field(default=None, description="held-out rows, as `calibration`")
+    agent: str | None = None
+    generate: int = Field(default=0, ge=0, description="answer this many held-out prompts")
+    max_new_tokens: int = Field(default=2048, gt=0)
+    max_length: int = Field(default=2048, gt=1)
+
+
+class Run(Section):
+    """How and where to run; part of no key."""
+
+    device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    store: str | None = Field(default=None, description="folder; default ./crane-store")
+    output: str | None = Field(default=None, description="folder; default ./merged/NAME-...")
+    shard_size: int | str | None = Field(default=None, description='bytes, or "5GB"')
+    threads: int | None = Field(default=None, gt=0)
+
+
+class Recipe(Section):
+    """Everything that decides the merged checkpoint, and how to run."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    base: str
+    donor: str
+    alpha: float = Field(ge=0, allow_inf_nan=False)
+    tau: float = Field(default=0.03, gt=0, le=1, allow_inf_nan=False)
+    calibration: Calibration
+    gate: Gate = Field(default=Gate())
+    projector: Projector = Field(default=Projector())
+    merge: Merge = Field(default=Merge())
+    evaluate: Evaluate = Field(default=Evaluate())
+    run: Run = Field(default=Run())
+
+    # Where relative paths are looked for, in this order.
+    _folders: tuple[Path, ...] = PrivateAttr(default=())
+
+    def locate(self, value: str) -> Path | None:
+        """The existing file or folder that a value names, or None (a hub id, or a typo)."""
+        path = Path(value).expanduser()
+        candidates = [path] if path.is_absolute() else [f / path for f in self._folders]
+        return next((c.resolve() for c in candidates if c.exists()), None)
+
+    def place(self, value: str) -> Path:
+        """A path to be made: relative ones lie beside the recipe."""
+        path = Path(value).expanduser()
+        return path if path.is_absolute() else self._folders[0] / path
+
+    def at(self, alpha: float, tau: float) -> "Recipe":
+        """The same recipe at another point of a sweep."""
+        data = self.model_dump(exclude_unset=True)
+        return recipe_from(data | {"alpha": alpha, "tau": tau}, self._folders, self.name)
+
+
+def _set_dotted(data: dict[str, Any], assignment: str) -> None:
+    path, equals, text = assignment.partition("=")
+    if not equals or not path:
+        raise RecipeError(f"--set {assignment}: write dotted.path=VALUE")
+    try:
+        value = yaml.safe_load(text) if text else None
+    except yaml.YAMLError as error:
+        raise RecipeError(f"--set {assignment}: the value is not YAML: {error}") from error
+    *parents, last = path.split(".")
+    for parent in parents:
+        child = data.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise RecipeError(f"--set {assignment}: {parent} is no section")
+        data = child
+    data[last] = value
+
+
+def _message(error: ValidationError, what: str) -> str:
+    lines = []
+    for problem in error.errors():
+        place = ".".join(str(part) for part in problem["loc"]) or "recipe"
+        text = problem["msg"]
+        if problem["type"] == "extra_forbidden":
+            text = "unknown key (misspelt?)"
+        elif problem["type"] not in ("missing",) and not isinstance(problem["input"], dict):
+            text = f"{text}, not {problem['input']!r}"
+        lines.append(f"  {place}: {text}")
+    return f"{what}:\n" + "\n".join(lines)
+
+
+def recipe_from(data: Mapping[str, Any], folders: tuple[Path, ...], what: str) -> Recipe:
+    """Validate recipe data whose relative paths are looked for in `folders`.
+
+    Raises:
+        RecipeError: with every problem, a line each.
+    """
+    try:
+        recipe = Recipe.model_validate(dict(data))
+    except ValidationError as error:
+        raise RecipeError(_message(error, what)) from error
+    recipe._folders = folders
+    return recipe
+
+
+def load_recipe(
+    path: Path,
+    *,
+    assignments: Iterable[str] = (),
+    overrides: Mapping[str, Any] | None = None,
+) -> Recipe:
+    """Read a recipe file, with changes on top.
+
+    Args:
+        path: a YAML file.
+        assignments: `dotted.path=VALUE` each, the value in YAML.
+        overrides: top-level keys that win over the file; None values are ignored.
+
+    Raises:
+        RecipeError: no such recipe, not YAML, unknown keys, values out of range.
+    """
+    try:
+        data = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: cannot be read: {error}") from error
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path}: not YAML: {error}") from error
+    if not isinstance(data, dict):
+        raise RecipeError(f"{path}: a recipe is a mapping of keys to values")
+    for assignment in assignments:
+        _set_dotted(data, assignment)
+    data |= {k: v for k, v in (overrides or {}).items() if v is not None}
+    folders = (path.resolve().parent, Path(os.getcwd()))
+    return recipe_from(data, folders, str(path))

@@ -1,0 +1,1 @@
+"""The front door: which stages run, in which order, and who sees what."""

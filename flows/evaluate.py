@@ -1,0 +1,48 @@
+"""Score an existing checkpoint against a recipe's base and donor."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from artifacts.store import Store
+from crane_tasks.calibration import build_targets, calibration_refs
+from crane_tasks.context import Progress, make_context, no_progress
+from crane_tasks.errors import CheckpointError
+from crane_tasks.evaluate import build_checkpoint_comparison, evaluation_sets
+from crane_tasks.models.checkpoint import Checkpoint
+from crane_tasks.recipe import Recipe
+from flows.merge import healing
+
+
+def evaluate(
+    recipe: Recipe,
+    store: Store,
+    checkpoint: Path,
+    *,
+    progress: Progress = no_progress,
+    notice: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
+    """The metrics of base, donor and the checkpoint on the recipe's rows.
+
+    Raises:
+        BadInput: the checkpoint, the recipe or its data are wrong.
+    """
+    store.prepare()
+    ctx = make_context(recipe, store, progress)
+    folder = checkpoint.expanduser().resolve()
+    opened = Checkpoint.open(folder)
+    if opened.layout.model_type != ctx.pair().base.layout.model_type:
+        raise CheckpointError(
+            f"{folder} is {opened.layout.model_type}, the recipe's base "
+            f"{ctx.pair().base.layout.model_type}"
+        )
+    refs = calibration_refs(ctx)
+    sets = evaluation_sets(ctx, refs.targets())
+
+    def work() -> dict[str, Any]:
+        for name, ref in refs.targets().items():
+            build_targets(ctx, getattr(recipe.calibration, name), ref)
+        return build_checkpoint_comparison(ctx, folder, sets)[1]
+
+    result = healing(store, work, notice)
+    return {"name": recipe.name, "checkpoint": str(folder), **result}

@@ -1,0 +1,253 @@
+"""The whole method on one screen: which stages run, in which order, on what.
+
+One definition, two drivers: `call` runs a stage in this process, or as a Prefect task.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from artifacts.errors import DamagedArtifact
+from artifacts.ref import Ref
+from artifacts.store import Built, Store
+from crane_tasks.apply import Inputs, apply_ref, build_apply, check_destination, read_edit
+from crane_tasks.calibration import (
+    CalibrationRefs,
+    build_calibration,
+    calibration_ref,
+    calibration_refs,
+    check_rows,
+)
+from crane_tasks.context import Context, Progress, make_context, no_progress
+from crane_tasks.delta import build_delta, delta_ref
+from crane_tasks.evaluate import (
+    EvaluationSets,
+    build_evaluate,
+    evaluate_ref,
+    evaluation_sets,
+    heldout_section,
+    read_comparison,
+)
+from crane_tasks.projector import build_projector, projector_ref
+from crane_tasks.recipe import Recipe
+from crane_tasks.report import Facts, write_report
+from crane_tasks.scores import Scores, build_scores, read_scores, scores_ref
+from crane_tasks.threshold import build_threshold, threshold_ref
+
+STAGES = ("calibration", "delta", "threshold", "scores", "projector", "apply", "evaluate")
+T = TypeVar("T")
+
+
+class Call(Protocol):
+    """Runs one stage: `build(*args)` under the stage's name."""
+
+    def __call__(self, stage: str, build: Callable[..., Built], *args: Any) -> Built:
+        """The stage's outcome."""
+
+
+def call_here(stage: str, build: Callable[..., Built], *args: Any) -> Built:
+    """Run a stage in this process."""
+    return build(*args)
+
+
+@dataclass(frozen=True)
+class Refs:
+    """The keys of all stages, known before any of them runs."""
+
+    calibration: CalibrationRefs
+    delta: Ref
+    threshold: Ref
+    scores: Ref
+    projector: Ref
+    apply: Ref
+    evaluate: Ref
+    sets: EvaluationSets
+
+    @property
+    def inputs(self) -> Inputs:
+        return Inputs(self.delta, self.threshold, self.scores, self.projector)
+
+    def by_stage(self) -> dict[str, Ref]:
+        """One reference per stage, in the order of the method."""
+        found = {name: getattr(self, name) for name in STAGES if name != "calibration"}
+        return {"calibration": calibration_ref(self.calibration), **found}
+
+
+def all_refs(ctx: Context) -> Refs:
+    """Every stage's key, from the recipe, the data's rows and the checkpoints' identities."""
+    calibration = calibration_refs(ctx)
+    delta = delta_ref(ctx)
+    threshold = threshold_ref(ctx, delta)
+    scores = scores_ref(ctx, delta, calibration.reasoning, calibration.agent)
+    projector = projector_ref(ctx, calibration.format)
+    apply = apply_ref(ctx, Inputs(delta, threshold, scores, projector))
+    sets = evaluation_sets(ctx, calibration.targets())
+    evaluate = evaluate_ref(ctx, apply.key, sets)
+    return Refs(calibration, delta, threshold, scores, projector, apply, evaluate, sets)
+
+
+def check_cheap(ctx: Context, refs: Refs, *, force: bool) -> None:
+    """Everything about data and output that is known to be wrong before weights are read."""
+    check_destination(ctx, refs.apply, force=force)
+    sets = ctx.recipe.calibration
+    check_rows(ctx, sets.reasoning, refs.calibration.reasoning)
+    check_rows(ctx, sets.agent, refs.calibration.agent)
+    for name in refs.sets.heldout():
+        section = heldout_section(ctx, name)
+        if section is not None:
+            check_rows(ctx, section, refs.sets.refs[name])
+
+
+@dataclass
+class Merged:
+    """What a merge did and found."""
+
+    ctx: Context
+    refs: Refs
+    stages: list[Built] = field(default_factory=list)
+    scores: Scores | None = None
+    edit: dict[str, dict[str, float]] = field(default_factory=dict)
+    evaluation: dict[str, Any] = field(default_factory=dict)
+    report: Path | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """The object that `crane merge --json` prints (DESIGN 2)."""
+        recipe, scores = self.ctx.recipe, self.scores
+        return {
+            "name": recipe.name,
+            "output": str(self.ctx.output),
+            "alpha": recipe.alpha,
+            "tau": recipe.tau,
+            "stages": [stage_json(b) for b in self.stages],
+            "scores": scores_json(scores) if scores else {},
+            "edit": self.edit,
+            "evaluation": self.evaluation,
+            "report": str(self.report) if self.report else None,
+        }
+
+
+def stage_json(built: Built) -> dict[str, Any]:
+    """One stage's outcome as JSON values."""
+    return {
+        "name": built.ref.stage,
+        "status": built.status,
+        "seconds": round(built.seconds, 3),
+        "key": built.ref.key,
+        "path": str(built.path),
+    }
+
+
+def scores_json(scores: Scores) -> dict[str, Any]:
+    """The scores as JSON values."""
+    return {
+        "per_layer": {str(layer): row for layer, row in scores.per_layer.items()},
+        "per_component": scores.per_component,
+    }
+
+
+def build_gate(ctx: Context, refs: Refs, call: Call) -> list[Built]:
+    """The stages up to the scores. Delta first: it reads every weight and finds the NaN."""
+    r, c = refs, refs.calibration
+    return [
+        call("delta", build_delta, ctx, r.delta),
+        call("calibration", build_calibration, ctx, c),
+        call("scores", build_scores, ctx, r.scores, r.delta, c.reasoning, c.agent),
+    ]
+
+
+def build_all(ctx: Context, refs: Refs, call: Call, *, force: bool) -> list[Built]:
+    """All seven stages."""
+    r = refs
+    built = build_gate(ctx, refs, call)
+    built += [
+        call("threshold", build_threshold, ctx, r.threshold, r.delta),
+        call("projector", build_projector, ctx, r.projector, r.calibration.format),
+        call("apply", _build_apply, ctx, r.apply, r.inputs, force),
+        call("evaluate", build_evaluate, ctx, r.evaluate, r.apply, r.sets),
+    ]
+    return sorted(built, key=lambda b: STAGES.index(b.ref.stage))
+
+
+def _build_apply(ctx: Context, ref: Ref, inputs: Inputs, force: bool) -> Built:
+    return build_apply(ctx, ref, inputs, force=force)
+
+
+def healing(store: Store, work: Callable[[], T], notice: Callable[[str], None]) -> T:
+    """Run `work`; set a damaged artifact aside and run again, which recomputes it alone."""
+    while True:
+        try:
+            return work()
+        except DamagedArtifact as error:
+            aside = store.set_aside(error.path)
+            notice(f"{error}. Set aside as {aside.name}, computing it anew.")
+
+
+def merge(
+    recipe: Recipe,
+    store: Store,
+    *,
+    call: Call = call_here,
+    progress: Progress = no_progress,
+    notice: Callable[[str], None] = lambda _: None,
+    force: bool = False,
+) -> Merged:
+    """Merge a pair by a recipe; finished stages are reused.
+
+    Raises:
+        BadInput: recipe, checkpoints, data or output are wrong; nothing was published.
+        ScoreError: the baseline has no positive gain.
+    """
+    store.prepare()
+    ctx = make_context(recipe, store, progress)
+    refs = all_refs(ctx)
+    check_cheap(ctx, refs, force=force)
+    stages = healing(store, lambda: build_all(ctx, refs, call, force=force), notice)
+    return healing(store, lambda: _collect(Merged(ctx, refs, stages)), notice)
+
+
+def _collect(merged: Merged) -> Merged:
+    """Read the results back and write the report."""
+    ctx, refs = merged.ctx, merged.refs
+    layout = ctx.pair().base.layout
+    merged.scores = read_scores(ctx.store.open(refs.scores), layout, ctx.recipe.gate.baseline)
+    edit = read_edit(ctx.store.open(refs.apply))
+    merged.edit = {
+        component: {"survived": sums.survived, "cosine": sums.cosine}
+        for component, sums in edit.components.items()
+    }
+    merged.evaluation = read_comparison(ctx.store.open(refs.evaluate))
+    facts = Facts(
+        ctx=ctx,
+        stages=[stage_json(b) for b in merged.stages],
+        scores=merged.scores,
+        edit=edit,
+        evaluation=merged.evaluation,
+        projector=ctx.store.open(refs.projector),
+        carried=ctx.pair().base.carried,
+    )
+    merged.report = write_report(facts, report_folder(ctx.output))
+    return merged
+
+
+def report_folder(output: Path) -> Path:
+    """The report lies beside the checkpoint, not in it."""
+    return output.with_name(f"{output.name}-report")
+
+
+def compute_scores(
+    recipe: Recipe,
+    store: Store,
+    *,
+    call: Call = call_here,
+    progress: Progress = no_progress,
+    notice: Callable[[str], None] = lambda _: None,
+) -> tuple[list[Built], Scores]:
+    """S(c, l) for a recipe, computing what is missing."""
+    store.prepare()
+    ctx = make_context(recipe, store, progress)
+    refs = all_refs(ctx)
+    built = healing(store, lambda: build_gate(ctx, refs, call), notice)
+    layout = ctx.pair().base.layout
+    scores = read_scores(store.open(refs.scores), layout, recipe.gate.baseline)
+    return sorted(built, key=lambda b: STAGES.index(b.ref.stage)), scores
