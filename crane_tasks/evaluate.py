@@ -118,12 +118,10 @@ def measure_ref(ctx: Context, model_id: str, sets: EvaluationSets) -> Ref:
 def evaluate_ref(ctx: Context, apply_key: str, sets: EvaluationSets) -> Ref:
     """The key of the comparison; `apply_key` stands for the merged model."""
     measured = measure_ref(ctx, apply_key, sets)
-    return Ref(
-        STAGE,
-        VERSION,
-        measured.config,
-        {**measured.inputs, "base": ctx.base_id, "donor": ctx.donor_id},
-    )
+    inputs = dict(measured.inputs)
+    merged = inputs.pop("model")
+    inputs |= {"apply": merged, "base": ctx.base_id, "donor": ctx.donor_id}
+    return Ref(STAGE, VERSION, measured.config, inputs)
 
 
 def build_evaluate(ctx: Context, ref: Ref, apply: Ref, sets: EvaluationSets) -> Built:
@@ -301,7 +299,9 @@ def _metrics(
             )
         else:
             found["right_answers"] = _rate(final_answer(t) == final_answer(w) for t, w in pairs)
-        return found
+            lengths = [len(_without_end(tokenizer, a)) for a in answers]
+            found["answer_tokens"] = sum(lengths) / max(1, len(lengths))
+    return found
 
 
 def _rate(hits: Any) -> float:
@@ -328,14 +328,13 @@ def final_answer(text: str) -> str:
 def tool_calls(text: str) -> list[dict[str, Any]] | None:
     """The calls of a well-formed answer, in order; None if there is none or any is broken.
 
-    Well-formed: behind the thinking every tag is paired and holds one JSON object with a
-    name and an object of arguments.
+    Well-formed: every tag is paired and holds one JSON object with a name and an object of
+    arguments. Text may stand before a call, a thinking block may not: the base's protocol
+    has none, and a client of an Instruct model does not strip it.
     """
-    answer = final_answer(text)
-    blocks = CALL.findall(answer)
-    if not blocks or answer.count("<tool_call>") != len(blocks):
-        return None
-    if answer.count("</tool_call>") != len(blocks):
+    blocks = CALL.findall(text)
+    tags = {text.count("<tool_call>"), text.count("</tool_call>")}
+    if not blocks or tags != {len(blocks)} or "<think>" in text or "</think>" in text:
         return None
     calls = []
     for block in blocks:

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from crane_tasks.models.layout import Site
@@ -86,7 +86,7 @@ class _Taps:
 @torch.no_grad()
 def walk_activations(
     stream: LayerStream,
-    items: list[tuple[Int[Tensor, " T"], Bool[Tensor, " T"]]],
+    items: list[tuple[Tensor, Tensor]],
     sites: Collection[Site],
     *,
     gram: GramOf,
@@ -95,7 +95,7 @@ def walk_activations(
     visit: Callable[[int, Sums], None],
     progress: Callable[[int, int], None],
 ) -> None:
-    """Push the items (token ids, mask of the rows to take) through all layers.
+    """Push the items through all layers: token ids int64 [T], mask of the rows taken bool [T].
 
     `visit(layer, sums)` once per layer that is not in `done`, in order; the state behind a
     visited layer is kept in `states`, so that a killed walk resumes behind it.

@@ -1,0 +1,238 @@
+"""Tiny random pairs of all three architectures, and the reference pairs where they are."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# Before torch is imported: small matrices lose more to thread barriers than they gain.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+import yaml
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from crane_tasks.recipe import Recipe, load_recipe
+
+ARCHITECTURES = ("qwen3", "qwen3_moe", "qwen3_next")
+REFERENCE = Path(__file__).parents[2] / "shared" / "reference"
+TEMPLATE = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + "
+    "'<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+ADDED = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>",
+         "</think>")  # fmt: skip
+COMMON = dict(
+    vocab_size=320, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+    num_attention_heads=4, num_key_value_heads=2, head_dim=16, max_position_embeddings=256,
+    rope_theta=10000.0, eos_token_id=2, pad_token_id=0, bos_token_id=None,
+)  # fmt: skip
+EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24,
+               norm_topk_prob=True, decoder_sparse_step=1)  # fmt: skip
+
+
+def tiny_config(architecture: str, **changes: Any) -> Any:
+    """A small transformers config of an architecture."""
+    from transformers import Qwen3Config, Qwen3MoeConfig, Qwen3NextConfig
+
+    if architecture == "qwen3":
+        return Qwen3Config(**{**COMMON, "tie_word_embeddings": True, **changes})
+    if architecture == "qwen3_moe":
+        return Qwen3MoeConfig(**{**COMMON, **EXPERTS, "tie_word_embeddings": False, **changes})
+    linear = dict(
+        linear_num_value_heads=4, linear_num_key_heads=2, linear_key_head_dim=8,
+        linear_value_head_dim=8, linear_conv_kernel_dim=4, shared_expert_intermediate_size=24,
+        layer_types=["linear_attention", "full_attention"], partial_rotary_factor=0.5,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    return Qwen3NextConfig(**{**COMMON, **EXPERTS, **linear, **changes})
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A byte-level tokenizer of 265 tokens with Qwen's markers."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate((*SPECIAL, *ADDED, *alphabet))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(t, special=True) for t in SPECIAL])
+    tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in ADDED])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>"
+    )
+    fast.chat_template = TEMPLATE
+    fast.save_pretrained(folder)
+
+
+def load_tensors(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a checkpoint folder."""
+    found: dict[str, Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as stream:
+            found |= {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
+    return found
+
+
+def save_tensors(folder: Path, tensors: dict[str, Tensor], shards: int = 1) -> None:
+    """Write a checkpoint's tensors in so many files, replacing those that are there."""
+    for old in [*folder.glob("*.safetensors"), *folder.glob("*.index.json")]:
+        old.unlink()
+    names = list(tensors)
+    if shards == 1:
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        return
+    weight_map = {}
+    for shard in range(shards):
+        file = f"model-{shard + 1:05}-of-{shards:05}.safetensors"
+        part = {n: tensors[n] for n in names[shard::shards]}
+        save_file(part, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(part, file)
+    size = sum(t.numel() * t.element_size() for t in tensors.values())
+    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def write_checkpoint(folder: Path, config: Any, seed: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """A random checkpoint in the published form: one tensor per expert; returns its tensors."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    model.to(dtype).save_pretrained(folder)
+    write_tokenizer(folder)
+    return load_tensors(folder)
+
+
+@dataclass(frozen=True)
+class TinyPair:
+    """A random base and donor, and a recipe folder with data for them."""
+
+    architecture: str
+    folder: Path
+
+    @property
+    def base(self) -> Path:
+        return self.folder / "base"
+
+    @property
+    def donor(self) -> Path:
+        return self.folder / "donor"
+
+    @property
+    def recipe_file(self) -> Path:
+        return self.folder / "recipe.yaml"
+
+    def recipe(self, *assignments: str) -> Recipe:
+        """The pair's recipe, with `--set` changes."""
+        return load_recipe(self.recipe_file, assignments=assignments)
+
+    def copy(self, folder: Path) -> "TinyPair":
+        """The same pair elsewhere, to be changed freely."""
+        shutil.copytree(self.folder, folder)
+        return TinyPair(self.architecture, folder)
+
+
+def _rows(kind: str, count: int) -> list[dict[str, Any]]:
+    rows = []
+    for i in range(count):
+        user = {"role": "user", "content": f"{kind} {i}: what is {i} + {i * 3}?" + " now" * (i % 3)}
+        answer = f"<think>{i}+{i * 3}</think>{i * 4}"
+        if kind != "reasoning":
+            answer = f'<tool_call>{{"name": "f{i}", "arguments": {{"x": {i}}}}}</tool_call>'
+        if kind == "format":
+            rows.append({"messages": [user, {"role": "assistant", "content": answer}]})
+        else:
+            rows.append({"messages": [user], "completion": answer})
+    return rows
+
+
+def write_data(folder: Path) -> None:
+    """Calibration and held-out rows, all with targets."""
+    counts = {"reasoning": 4, "agent": 3, "format": 5}
+    for kind, count in counts.items():
+        lines = [json.dumps(row) for row in _rows(kind, count)]
+        (folder / f"{kind}.jsonl").write_text("\n".join(lines) + "\n")
+    for kind in ("reasoning", "agent"):
+        lines = [json.dumps(row) for row in _rows(kind, 6)[4:]]
+        (folder / f"heldout_{kind}.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def write_recipe(folder: Path, **changes: Any) -> None:
+    """A recipe beside `base`, `donor` and the data."""
+    recipe = {
+        "name": "tiny-random",
+        "base": "base",
+        "donor": "donor",
+        "alpha": 0.5,
+        "tau": 0.03,
+        "calibration": {k: {"data": f"{k}.jsonl"} for k in ("reasoning", "agent", "format")},
+        "evaluate": {"reasoning": "heldout_reasoning.jsonl", "agent": "heldout_agent.jsonl"},
+        **changes,
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+
+
+def build_pair(folder: Path, architecture: str) -> TinyPair:
+    """A pair whose sides are sharded differently on purpose."""
+    folder.mkdir(parents=True)
+    config = tiny_config(architecture)
+    base = write_checkpoint(folder / "base", config, seed=1, dtype=torch.bfloat16)
+    write_checkpoint(folder / "donor", config, seed=1, dtype=torch.bfloat16)
+    torch.manual_seed(2)
+    donor = {n: (t.float() + 0.02 * torch.randn(t.shape)).to(t.dtype) for n, t in base.items()}
+    save_tensors(folder / "base", base, shards=2)
+    save_tensors(folder / "donor", donor, shards=3)
+    write_data(folder)
+    write_recipe(folder)
+    return TinyPair(architecture, folder)
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], TinyPair]:
+    """The random pair of an architecture; shared and read-only: `copy` it to change it."""
+    built: dict[str, TinyPair] = {}
+
+    def get(architecture: str) -> TinyPair:
+        if architecture not in built:
+            place = tmp_path_factory.mktemp("pair") / architecture
+            built[architecture] = build_pair(place, architecture)
+        return built[architecture]
+
+    return get
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def tiny_pair(request: pytest.FixtureRequest, pairs: Callable[[str], TinyPair]) -> TinyPair:
+    """The random pair of each architecture in turn."""
+    return pairs(request.param)
+
+
+@pytest.fixture
+def moe_pair(pairs: Callable[[str], TinyPair]) -> TinyPair:
+    """The random mixture-of-experts pair."""
+    return pairs("qwen3_moe")
+
+
+@pytest.fixture(params=["dense", "moe"])
+def reference(request: pytest.FixtureRequest) -> Path:
+    """A trained reference pair with the official code's results, where it is at hand."""
+    folder = REFERENCE / request.param
+    if not folder.exists():
+        pytest.skip(f"the reference results are not at hand ({folder} is absent)")
+    return folder
