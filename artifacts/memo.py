@@ -7,7 +7,6 @@ from pathlib import Path
 from blake3 import blake3
 
 
-
 class DigestMemo:
     """blake3 digests of files, each file hashed once; kept in `identities.jsonl`."""
 

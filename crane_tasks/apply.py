@@ -24,9 +24,9 @@ from crane_tasks.check import load_tokenizer
 from crane_tasks.context import Context, require_room
 from crane_tasks.edit import Edited, Editor, row_factors
 from crane_tasks.errors import OutputError
-from crane_tasks.models.checkpoint import DTYPES, Checkpoint
+from crane_tasks.models.checkpoint import Checkpoint
 from crane_tasks.models.layout import Slot
-from crane_tasks.models.safetensors_io import Entry, ShardWriter, read_rows
+from crane_tasks.models.safetensors_io import DTYPES, Entry, ShardWriter, read_rows
 from crane_tasks.numerics.merge import EditSums, edit_sums
 from crane_tasks.output import (
     CARD,
@@ -113,8 +113,10 @@ def write_apply(ctx: Context, ref: Ref, inputs: Inputs, draft: Draft) -> None:
         target = folder / shard.file
         if not (draft.done(name) and target.exists()):
             with draft.unit(name) as unit:
-                unit.meta |= {"file": shard.file, **_write_shard(editor, gradients, shard, target,
-                                                                unit)}  # fmt: skip
+                unit.meta |= {
+                    "file": shard.file,
+                    **_write_shard(editor, gradients, shard, target, unit),
+                }
         ctx.progress(STAGE, number + 1, len(plan), "shards")
     files = {
         record["meta"]["file"]: {k: record["meta"][k] for k in ("size", "digest")}
@@ -148,9 +150,7 @@ def make_editor(ctx: Context, inputs: Inputs) -> Editor:
         for slot in base.slots.values()
         if slot.component in PLAIN
     }
-    scores = read_scores(
-        ctx.store.open(inputs.scores), base.layout, ctx.recipe.gate.baseline
-    )
+    scores = read_scores(ctx.store.open(inputs.scores), base.layout, ctx.recipe.gate.baseline)
     return Editor(
         recipe=ctx.recipe,
         base=base,
@@ -260,9 +260,7 @@ def _versions() -> dict[str, str]:
 
 
 def _facts(ctx: Context, base: Checkpoint) -> Facts:
-    parameters = sum(
-        torch.Size(e.shape).numel() for e in base.entries.values()
-    )
+    parameters = sum(torch.Size(e.shape).numel() for e in base.entries.values())
     return Facts(
         recipe=ctx.recipe,
         base_folder=ctx.base,

@@ -9,6 +9,7 @@ reasoning set leaves the projector alone.
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -28,9 +29,15 @@ from crane_tasks.recipe import FormatSet, TargetSet
 
 STAGE = "calibration"
 VERSION = 1
-SCHEMA = Schema(arrays={"token_ids": ("int64",), "offsets": ("int64",),
-                        "target_lengths": ("int64",), "format_mask": ("bool",)},
-                meta=("places",))  # fmt: skip
+SCHEMA = Schema(
+    arrays={
+        "token_ids": ("int64",),
+        "offsets": ("int64",),
+        "target_lengths": ("int64",),
+        "format_mask": ("bool",),
+    },
+    meta=("places",),
+)
 # Rows decoded together. Part of no key: padding on the left with a mask changes rounding
 # only, and the decoded ids are what is stored.
 DECODE_BATCH = 16
@@ -182,8 +189,7 @@ def write_format(ctx: Context, section: FormatSet, rows: Rows, draft: Draft) -> 
         masks.append(mask[: section.max_length])
     if not any(bool(m.any()) for m in masks):
         raise DataError(
-            f"{rows.source}: no row holds any of the format patterns "
-            f"{', '.join(section.patterns)}"
+            f"{rows.source}: no row holds any of the format patterns {', '.join(section.patterns)}"
         )
     with draft.unit("set") as unit:
         unit.write("token_ids", torch.tensor([i for s in sequences for i in s]))
@@ -236,7 +242,7 @@ class TokenSet:
 def read_set(artifact: Artifact) -> TokenSet:
     """A calibration artifact as tensors."""
     ids, offsets = artifact.read("set", "token_ids"), artifact.read("set", "offsets").tolist()
-    spans = list(zip(offsets[:-1], offsets[1:], strict=True))
+    spans = list(pairwise(offsets))
     lengths, masks = [], []
     if artifact.has("set", "target_lengths"):
         lengths = artifact.read("set", "target_lengths").tolist()

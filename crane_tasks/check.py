@@ -12,13 +12,33 @@ from crane_tasks.models.stream import check_parameters
 
 # Config fields in which an Instruct and a Thinking model may differ: they do not enter the
 # function that the weights compute.
-FREE_FIELDS = frozenset({
-    "_name_or_path", "architectures", "attention_dropout", "bos_token_id", "dtype",
-    "eos_token_id", "id2label", "initializer_range", "label2id", "max_position_embeddings",
-    "output_attentions", "output_hidden_states", "output_router_logits", "pad_token_id",
-    "return_dict", "router_aux_loss_coef", "torch_dtype", "transformers_version", "use_cache",
-    "chunk_size_feed_forward", "is_encoder_decoder", "problem_type", "max_window_layers",
-})  # fmt: skip
+FREE_FIELDS = frozenset(
+    {
+        "_name_or_path",
+        "architectures",
+        "attention_dropout",
+        "bos_token_id",
+        "dtype",
+        "eos_token_id",
+        "id2label",
+        "initializer_range",
+        "label2id",
+        "max_position_embeddings",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "pad_token_id",
+        "return_dict",
+        "router_aux_loss_coef",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+        "chunk_size_feed_forward",
+        "is_encoder_decoder",
+        "problem_type",
+        "max_window_layers",
+    }
+)
 
 
 def check_pair(ctx: Context) -> None:

@@ -58,8 +58,15 @@ def write_delta(ctx: Context, draft: Draft) -> None:
                 bad = [b for slot in slots for b in _write_slot(unit, pair, slot)]
                 if bad:
                     rest = [s for _, later in groups[number + 1 :] for s in later]
-                    _refuse(bad + [b for slot in rest for t in _tensors(pair, slot)
-                                   for b in _not_finite(pair, slot, *t)])
+                    _refuse(
+                        bad
+                        + [
+                            b
+                            for slot in rest
+                            for t in _tensors(pair, slot)
+                            for b in _not_finite(pair, slot, *t)
+                        ]
+                    )
         ctx.progress(STAGE, number + 1, len(groups), "layers")
 
 
@@ -74,9 +81,7 @@ def _tensors(pair: Pair, slot: Slot) -> Iterator[tuple[int, Tensor, Tensor]]:
         yield expert, pair.base.read(slot.name, expert), pair.donor_tensor(slot.name, expert)
 
 
-def _not_finite(
-    pair: Pair, slot: Slot, expert: int, base: Tensor, donor: Tensor
-) -> list[str]:
+def _not_finite(pair: Pair, slot: Slot, expert: int, base: Tensor, donor: Tensor) -> list[str]:
     return [
         f"{slot.tensor_name(expert)} in {side.folder}"
         for side, tensor in ((pair.base, base), (pair.donor, donor))

@@ -79,8 +79,9 @@ class Editor:
         intended = self._intended(slot, expert, weight, delta, first)
         name = slot.tensor_name(expert)
         offset = first * (base.numel() // max(1, base.shape[0])) if base.dim() else 0
-        return Edited(base, self._rounded(weight + intended, base.dtype, name, offset),
-                      delta, intended)  # fmt: skip
+        return Edited(
+            base, self._rounded(weight + intended, base.dtype, name, offset), delta, intended
+        )
 
     def _intended(
         self, slot: Slot, expert: int, weight: Tensor, delta: Tensor, first: int

@@ -4,10 +4,9 @@ Each model is measured once and kept under its content, so a sweep measures base
 never again; the stage's own artifact puts the measurements side by side.
 """
 
-import json
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from artifacts.ref import Ref, digest_of
 from artifacts.schema import Schema
 from artifacts.store import Artifact, Built, Draft
 from crane_tasks.apply import read_edit
+from crane_tasks.behaviour import answer_metrics, call_metrics
 from crane_tasks.calibration import (
     TokenSet,
     build_targets,
@@ -51,7 +51,6 @@ MEASURE_SCHEMA = Schema(
 SCHEMA = Schema(arrays={"metrics": ("float64",)})
 GENERATE_BATCH = 32
 POSITION_BLOCK = 64
-CALL = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
 METRICS = (
     "reasoning_loss",
     "agent_loss",
@@ -178,9 +177,7 @@ def compare(ctx: Context, models: Mapping[str, Path], sets: EvaluationSets) -> d
     _add_divergence(ctx, models, opened, found)
     return {
         "models": found,
-        "losses": {
-            name: {s: _mean_loss(a, s) for s in sets.refs} for name, a in opened.items()
-        },
+        "losses": {name: {s: _mean_loss(a, s) for s in sets.refs} for name, a in opened.items()},
         "rows": {name: len(truth.sequences) for name, truth in truths.items()},
         "generated": ctx.recipe.evaluate.generate,
     }
@@ -285,69 +282,14 @@ def _metrics(
     for name, truth in truths.items():
         ids = artifact.read(f"answers.{name}", "token_ids")
         ends = artifact.read(f"answers.{name}", "offsets").tolist()
-        answers = [ids[a:b] for a, b in zip(ends[:-1], ends[1:], strict=True)]
-        texts = [_text(tokenizer, a) for a in answers]
-        wanted = [
-            _text(tokenizer, s[s.numel() - n :])
+        answers = [ids[a:b].tolist() for a, b in pairwise(ends)]
+        targets = [
+            s[s.numel() - n :].tolist()
             for s, n in zip(truth.sequences, truth.target_lengths, strict=True)
         ]
-        pairs = list(zip(texts, wanted, strict=False))
-        if name == "agent":
-            found["tool_calls"] = _rate(bool(tool_calls(t)) for t, _ in pairs)
-            found["exact_tool_calls"] = _rate(
-                bool(tool_calls(t)) and tool_calls(t) == tool_calls(w) for t, w in pairs
-            )
-        else:
-            found["right_answers"] = _rate(final_answer(t) == final_answer(w) for t, w in pairs)
-            lengths = [len(_without_end(tokenizer, a)) for a in answers]
-            found["answer_tokens"] = sum(lengths) / max(1, len(lengths))
+        measure = call_metrics if name == "agent" else answer_metrics
+        found |= measure(tokenizer, answers, targets[: len(answers)])
     return found
-
-
-def _rate(hits: Any) -> float:
-    outcomes = list(hits)
-    return sum(outcomes) / max(1, len(outcomes))
-
-
-def _text(tokenizer: Any, ids: Tensor) -> str:
-    """The answer's text without its end-of-sequence token."""
-    text: str = tokenizer.decode(_without_end(tokenizer, ids), skip_special_tokens=False)
-    return text
-
-
-def _without_end(tokenizer: Any, ids: Tensor) -> list[int]:
-    tokens: list[int] = ids.tolist()
-    return tokens[:-1] if tokens and tokens[-1] == tokenizer.eos_token_id else tokens
-
-
-def final_answer(text: str) -> str:
-    """What stands behind the thinking: the text after the last `</think>`, stripped."""
-    return text.rpartition("</think>")[2].strip()
-
-
-def tool_calls(text: str) -> list[dict[str, Any]] | None:
-    """The calls of a well-formed answer, in order; None if there is none or any is broken.
-
-    Well-formed: every tag is paired and holds one JSON object with a name and an object of
-    arguments. Text may stand before a call, a thinking block may not: the base's protocol
-    has none, and a client of an Instruct model does not strip it.
-    """
-    blocks = CALL.findall(text)
-    tags = {text.count("<tool_call>"), text.count("</tool_call>")}
-    if not blocks or tags != {len(blocks)} or "<think>" in text or "</think>" in text:
-        return None
-    calls = []
-    for block in blocks:
-        try:
-            call = json.loads(block)
-        except ValueError:
-            return None
-        if not isinstance(call, dict) or not isinstance(call.get("name"), str):
-            return None
-        if not isinstance(call.get("arguments"), dict):
-            return None
-        calls.append({"name": call["name"], "arguments": call["arguments"]})
-    return calls
 
 
 @torch.no_grad()
@@ -379,7 +321,7 @@ def _log_probabilities(ctx: Context, folder: Path, states: Tensor) -> list[Tenso
         Checkpoint.open(folder), device=ctx.torch_device, compute=ctx.compute_dtype
     )
     blocks = []
-    for block in states.split(POSITION_BLOCK):
+    for block in torch.split(states, POSITION_BLOCK):
         hidden = block[None].to(device=ctx.torch_device, dtype=ctx.compute_dtype)
         positions = torch.arange(block.shape[0], device=ctx.torch_device)
         blocks.append(stream.logits(hidden, positions).float().log_softmax(-1).cpu())

@@ -4,6 +4,7 @@ import io
 from collections.abc import Mapping
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -45,8 +46,15 @@ def score_map(scores: Scores) -> bytes:
         for (y, x), value in np.ndenumerate(values):
             if np.isfinite(value):
                 light = abs(logs[y, x]) > 3.5
-                axes.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=8,
-                          color="white" if light else "black")  # fmt: skip
+                axes.text(
+                    x,
+                    y,
+                    f"{value:.2f}",
+                    ha="center",
+                    va="center",
+                    fontsize=8,
+                    color="white" if light else "black",
+                )
     bar = figure.colorbar(image, ax=axes)
     bar.set_ticks([-6, -3, 0, 3, 6], labels=["1/64", "1/8", "1", "8", "64"])
     axes.set_title("S: score per component and layer")
@@ -80,14 +88,20 @@ def spectrum(projector: Artifact, tau: float) -> bytes:
         layers = sorted(lines)
         chosen = sorted({layers[i] for i in np.linspace(0, len(layers) - 1, LINES, dtype=int)})
         for index, layer in enumerate(chosen):
-            shade = 0.15 + 0.75 * index / max(1, len(chosen) - 1)
-            axes.plot(np.arange(1, lines[layer].size + 1), lines[layer], color=(0.1, 0.3, shade),
-                      lw=1, label=f"layer {layer}")  # fmt: skip
+            shade = colormaps["viridis"](0.9 * index / max(1, len(chosen) - 1))
+            axes.plot(
+                np.arange(1, lines[layer].size + 1),
+                lines[layer],
+                color=shade,
+                lw=1,
+                label=f"layer {layer}",
+            )
         axes.axhline(tau, color="#c0392b", lw=1, ls="--", label=f"tau = {tau:g}")
         axes.set(xscale="log", yscale="log", title=site, xlabel="direction")
-        axes.set_ylim(bottom=1e-5, top=1.5)
+        lowest = min(float(line.min()) for line in lines.values())
+        axes.set_ylim(bottom=0.3 * min(lowest, tau), top=1.5)
         weight = axes.twiny()
-        levels = np.geomspace(1e-5, 1.0, 400)
+        levels = np.geomspace(0.3 * min(lowest, tau), 1.0, 400)
         exponent = np.clip(STEEPNESS / tau * (levels - tau), -60, 60)
         weight.plot(1 / (1 + np.exp(-exponent)), levels, color="#c0392b", alpha=0.5)
         weight.set_xlim(0, 1.02)
@@ -99,21 +113,23 @@ def spectrum(projector: Artifact, tau: float) -> bytes:
 
 
 def edit_bars(edit: EditReport) -> bytes:
-    """Per component: size of delta and edit relative to the base, and what survived."""
-    components = [c for c, s in edit.components.items() if s.base2 > 0]
+    """Per edited component: size of delta and edit relative to the base, and what survived."""
+    components = [c for c, s in edit.components.items() if s.base2 > 0 and s.intended2 > 0]
     sums = [edit.components[c] for c in components]
     figure = Figure(figsize=(9.5, 3.4))
     left, right = figure.subplots(1, 2)
     at = np.arange(len(components))
-    left.bar(at - 0.2, [(s.delta2 / s.base2) ** 0.5 for s in sums], 0.4, label="delta",
-             color="#b0bec5")  # fmt: skip
-    left.bar(at + 0.2, [(s.intended2 / s.base2) ** 0.5 for s in sums], 0.4, label="edit",
-             color="#1f5fa8")  # fmt: skip
+    left.bar(
+        at - 0.2, [(s.delta2 / s.base2) ** 0.5 for s in sums], 0.4, label="delta", color="#b0bec5"
+    )
+    left.bar(
+        at + 0.2, [(s.intended2 / s.base2) ** 0.5 for s in sums], 0.4, label="edit", color="#1f5fa8"
+    )
     left.set_title("norm relative to the base")
     left.legend(fontsize=8)
     survived: Mapping[str, list[float]] = {
-        "norm ratio": [s.survived if s.intended2 else 0.0 for s in sums],
-        "cosine": [s.cosine if s.intended2 else 0.0 for s in sums],
+        "norm ratio": [s.survived for s in sums],
+        "cosine": [s.cosine for s in sums],
     }
     for offset, (label, values) in zip((-0.2, 0.2), survived.items(), strict=True):
         right.bar(at + offset, values, 0.4, label=label)

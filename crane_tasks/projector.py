@@ -19,8 +19,9 @@ from crane_tasks.numerics.projector import Basis, basis_from_gram, gram
 
 STAGE = "projector"
 VERSION = 1
-SCHEMA = Schema(arrays={r".+\.directions": ("float32",), r".+\.sigma": ("float64",),
-                        r".+\.rows": ("int64",)})  # fmt: skip
+SCHEMA = Schema(
+    arrays={r".+\.directions": ("float32",), r".+\.sigma": ("float64",), r".+\.rows": ("int64",)}
+)
 
 
 def projector_ref(ctx: Context, format_set: Ref) -> Ref:
@@ -118,7 +119,9 @@ def basis_site(artifact: Artifact, slot: Slot, width: int) -> Site | None:
     borrowed = slot.borrows
     if borrowed is None or not artifact.has(slot.unit, f"{borrowed.name}.sigma"):
         return None
-    return borrowed if artifact.shape(slot.unit, f"{borrowed.name}.directions")[0] == width else None
+    return (
+        borrowed if artifact.shape(slot.unit, f"{borrowed.name}.directions")[0] == width else None
+    )
 
 
 def read_basis(

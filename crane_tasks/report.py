@@ -62,9 +62,7 @@ def evaluation_rows(evaluation: dict[str, Any]) -> tuple[list[str], list[list[st
     """Head and rows of the evaluation table: models by the metrics that any of them has."""
     models: dict[str, dict[str, float]] = evaluation.get("models", {})
     metrics = [m for m in TITLES if any(m in found for found in models.values())]
-    rows = [
-        [name, *(shown(m, found.get(m)) for m in metrics)] for name, found in models.items()
-    ]
+    rows = [[name, *(shown(m, found.get(m)) for m in metrics)] for name, found in models.items()]
     return ["model", *(TITLES[m] for m in metrics)], rows
 
 
@@ -116,8 +114,10 @@ def markdown(facts: Facts, pictures: dict[str, str]) -> str:
         *(f"![{title}]({file})" for title, file in pictures.items()),
         "## The edit",
         "Norm relative to the base's weights; how much of it is left after rounding.",
-        table(["component", "edit / base", "delta / base", "survived", "cosine", "changed"],
-              _edit_rows(facts.edit)),  # fmt: skip
+        table(
+            ["component", "edit / base", "delta / base", "survived", "cosine", "changed"],
+            _edit_rows(facts.edit),
+        ),
         _carried_note(facts.carried),
         "## Stages",
         table(["stage", "status", "seconds", "key"], stages),

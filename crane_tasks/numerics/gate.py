@@ -38,9 +38,7 @@ class GainSums:
     numel: float = 0.0
 
     def __add__(self, other: "GainSums") -> "GainSums":
-        return GainSums(
-            *(getattr(self, f.name) + getattr(other, f.name) for f in fields(GainSums))
-        )
+        return GainSums(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(GainSums)))
 
 
 def gain_sums(
@@ -82,9 +80,7 @@ class NoGain(ValueError):
         self.place = place
 
 
-def normalised(
-    sums: Mapping[str, GainSums], baseline: str, place: str
-) -> dict[str, float]:
+def normalised(sums: Mapping[str, GainSums], baseline: str, place: str) -> dict[str, float]:
     """S(c) = S_raw(c) / S_raw(baseline) for the components of one layer, or of all layers.
 
     Raises:

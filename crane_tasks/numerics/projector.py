@@ -1,7 +1,7 @@
 """P_τ, the Graduated Sigmoidal Projection (DESIGN 1, "P_tau").
 
-    H = U diag(σ) Vᵀ,   w_i = sigmoid(k (σ_i / σ_1 - τ)),  k = 4.6 / τ
-    P(D) = D - (D V) diag(w) Vᵀ
+H = U diag(σ) Vᵀ,   w_i = sigmoid(k (σ_i / σ_1 - τ)),  k = 4.6 / τ
+P(D) = D - (D V) diag(w) Vᵀ
 """
 
 from dataclasses import dataclass
@@ -35,9 +35,7 @@ def gram(rows: Float[Tensor, "n d"]) -> Float[Tensor, "d d"]:
     return wide.T @ wide
 
 
-def basis_from_gram(
-    total: Float[Tensor, "d d"], rows: int, *, rank: int, cutoff: float
-) -> Basis:
+def basis_from_gram(total: Float[Tensor, "d d"], rows: int, *, rank: int, cutoff: float) -> Basis:
     """V and σ of H from HᵀH = V diag(σ²) Vᵀ; keeps r ≤ rank and σ_i > cutoff · σ_1.
 
     In float64 the smallest kept eigenvalue (cutoff² = 1e-10 of the largest) stands well

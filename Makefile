@@ -1,0 +1,37 @@
+# `make demo` and `make test` need python3 with venv and nothing else.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test test-slow check format bench clean
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+demo: $(READY)  ## merge the embedded pair, stage by stage; again: every stage is reused
+	$(BIN)/crane merge tiny
+
+test: $(READY) check  ## lint, types, import contracts and the fast tests
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-slow: $(READY)  ## the tests that take longer
+	$(BIN)/python -m pytest -m "slow and not gpu"
+
+check: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(READY)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(READY)  ## print the benchmarks' tables
+	$(BIN)/python -m pytest tests/benchmarks -m "not gpu" -s
+
+clean:  ## remove what the demo made; the environment stays
+	rm -rf crane-store merged

@@ -1,0 +1,81 @@
+"""What a model's answers are worth: tool calls and final answers against their targets."""
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+CALL = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
+Answers = Sequence[Sequence[int]]  # token ids of one answer each
+
+
+def call_metrics(tokenizer: Any, answers: Answers, targets: Answers) -> dict[str, float]:
+    """The rates of well-formed calls, and of those that are the target's very calls."""
+    calls = [tool_calls(answer_text(tokenizer, a)) for a in answers]
+    wanted = [tool_calls(answer_text(tokenizer, t)) for t in targets]
+    return {
+        "tool_calls": rate(c is not None for c in calls),
+        "exact_tool_calls": rate(
+            c is not None and c == w for c, w in zip(calls, wanted, strict=True)
+        ),
+    }
+
+
+def answer_metrics(tokenizer: Any, answers: Answers, targets: Answers) -> dict[str, float]:
+    """How often the final answer is the target's, and the mean answer length in tokens."""
+    pairs = [
+        (final_answer(answer_text(tokenizer, a)), final_answer(answer_text(tokenizer, t)))
+        for a, t in zip(answers, targets, strict=True)
+    ]
+    lengths = [len(without_end(tokenizer, a)) for a in answers]
+    return {
+        "right_answers": rate(found == wanted for found, wanted in pairs),
+        "answer_tokens": sum(lengths) / max(1, len(lengths)),
+    }
+
+
+def rate(hits: Iterable[bool]) -> float:
+    """The share that is true; 0 of nothing."""
+    outcomes = list(hits)
+    return sum(outcomes) / max(1, len(outcomes))
+
+
+def without_end(tokenizer: Any, ids: Sequence[int]) -> list[int]:
+    """The answer without its end-of-sequence token."""
+    return list(ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids)
+
+
+def answer_text(tokenizer: Any, ids: Sequence[int]) -> str:
+    """The answer's text, markers included, without its end-of-sequence token."""
+    text: str = tokenizer.decode(without_end(tokenizer, ids), skip_special_tokens=False)
+    return text
+
+
+def final_answer(text: str) -> str:
+    """What stands behind the thinking: the text after the last `</think>`, stripped."""
+    return text.rpartition("</think>")[2].strip()
+
+
+def tool_calls(text: str) -> list[dict[str, Any]] | None:
+    """The calls of a well-formed answer, in order; None if there is none or any is broken.
+
+    Well-formed: every tag is paired and holds one JSON object with a name and an object of
+    arguments. Text may stand before a call, a thinking block may not: the base's protocol
+    has none, and a client of an Instruct model does not strip it.
+    """
+    blocks = CALL.findall(text)
+    tags = {text.count("<tool_call>"), text.count("</tool_call>")}
+    if not blocks or tags != {len(blocks)} or "<think>" in text or "</think>" in text:
+        return None
+    calls = []
+    for block in blocks:
+        try:
+            call = json.loads(block)
+        except ValueError:
+            return None
+        if not isinstance(call, dict) or not isinstance(call.get("name"), str):
+            return None
+        if not isinstance(call.get("arguments"), dict):
+            return None
+        calls.append({"name": call["name"], "arguments": call["arguments"]})
+    return calls
