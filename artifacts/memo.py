@@ -13,9 +13,12 @@ class DigestMemo:
     def __init__(self, root: Path) -> None:
         self._file = root / "identities.jsonl"
         self._known: dict[str, tuple[int, int, str]] = {}
+        self._torn = False
         self.hashed_bytes = 0
         if self._file.exists():
-            for line in self._file.read_text().splitlines():
+            text = self._file.read_text()
+            self._torn = not text.endswith("\n")
+            for line in text.splitlines():
                 self._remember_line(line)
 
     def _remember_line(self, line: str) -> None:
@@ -58,7 +61,8 @@ class DigestMemo:
         }
         self._file.parent.mkdir(parents=True, exist_ok=True)
         with self._file.open("a") as stream:
-            stream.write(json.dumps(record) + "\n")
+            stream.write(("\n" if self._torn else "") + json.dumps(record) + "\n")
+        self._torn = False
 
 
 def hub_digest(file: Path) -> str | None:

@@ -342,6 +342,8 @@ class Store:
 
     def _make(self, ref: Ref, schema: Schema, write: Callable[[Draft], None]) -> int:
         final = self.path(ref)
+        if final.exists():
+            self.set_aside(final)  # without a manifest: what an interrupted removal left
         draft = Draft(final.with_name(f".draft-{ref.key}"), schema)
         write(draft)
         shutil.rmtree(draft.path / "scratch", ignore_errors=True)
@@ -357,9 +359,10 @@ class Store:
             },
         }
         write_atomically(draft.path / MANIFEST, json.dumps(manifest))
-        (draft.path / "units.jsonl").unlink(missing_ok=True)
         os.rename(draft.path, final)
         sync_folder(final.parent)
+        # Last: a kill before the rename must leave a draft that knows its units.
+        (final / "units.jsonl").unlink(missing_ok=True)
         return draft.kept
 
     def set_aside(self, path: Path) -> Path:
@@ -372,7 +375,7 @@ class Store:
         if len(relative) != 2:
             raise StoreError(f"{path}: lies in no artifact of {self.root}")
         artifact = self.root.joinpath(*relative)
-        aside = artifact.with_name(f".damaged-{relative[1]}-{int(time.time())}")
+        aside = artifact.with_name(f".damaged-{relative[1]}-{time.time_ns()}")
         os.rename(artifact, aside)
         return aside
 

@@ -24,7 +24,7 @@ CRC_BYTES = 4  # the crc32c codec appends the checksum to the chunk
 
 _AS_BITS = {torch.bfloat16: torch.uint16, torch.float16: torch.uint16}
 # A missing chunk must not pass for data: NaN for floats, an improbable pattern for others.
-_FILL: dict[str, Any] = {"f": float("nan"), "u": 0x7FC0, "i": -1, "b": True}
+_FILL: dict[str, Any] = {"f": float("nan"), "u": 0x7FC0, "u1": 0xFF, "i": -1, "b": True}
 
 ChunkRecord = dict[str, tuple[int, str]]  # file below the array -> (bytes, crc32c in hex)
 
@@ -88,7 +88,7 @@ def create_array(
         # Said explicitly: the default zstd costs 3x and gains 25 % on weights.
         filters=None,
         compressors=[Crc32cCodec()],
-        fill_value=_FILL[stored.kind],
+        fill_value=_FILL.get(f"{stored.kind}{stored.itemsize}", _FILL[stored.kind]),
         dimension_names=dimension_names(shape, stacked),
         attributes={"dtype": str(dtype).removeprefix("torch."), **attributes},
         config={"write_empty_chunks": True},
@@ -148,7 +148,8 @@ def read_array(array: "zarr.Array[Any]", folder: Path, index: Any) -> Tensor:
         DamagedArtifact: a chunk does not fit its checksum.
     """
     try:
-        data = np.ascontiguousarray(array[index])
+        # Not ascontiguousarray, which gives a scalar an axis.
+        data = np.asarray(array[index], order="C")
     except (ValueError, OSError) as error:
         raise DamagedArtifact(folder, str(error)) from error
     if not data.flags.writeable:

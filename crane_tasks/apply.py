@@ -16,14 +16,13 @@ import yaml
 from torch import Tensor
 
 from artifacts.memo import DigestMemo
-from artifacts.ref import Ref
+from artifacts.ref import Ref, digest_of
 from artifacts.schema import Schema
 from artifacts.store import Artifact, Built, Draft, Unit, write_atomically
-from crane_tasks.card import Facts, model_card
+from crane_tasks.card import Facts, model_card, published_name
 from crane_tasks.check import load_tokenizer
-from crane_tasks.context import Context, require_room
+from crane_tasks.context import Context
 from crane_tasks.edit import Edited, Editor, row_factors
-from crane_tasks.errors import OutputError
 from crane_tasks.models.checkpoint import Checkpoint
 from crane_tasks.models.layout import Slot
 from crane_tasks.models.safetensors_io import DTYPES, Entry, ShardWriter, read_rows
@@ -83,10 +82,20 @@ def check_destination(ctx: Context, ref: Ref, *, force: bool) -> bool:
     Raises:
         OutputError: the folder is an input, or holds something else.
     """
-    ours = holds(ctx.output, ref.key, shard_plan(ctx.pair().base, ctx.recipe.run.shard_size))
     places = {"base": ctx.base, "donor": ctx.donor, "store": ctx.store.root.resolve()}
-    check_output(ctx.output, places, ours=ours, force=force)
-    return ours
+    check_output(ctx.output, places, key=ref.key, force=force)
+    return holds(ctx.output, ref.key, shard_plan(ctx.pair().base, ctx.recipe.run.shard_size))
+
+
+def check_rows(ctx: Context) -> None:
+    """Every row named in `merge` is a token of the base.
+
+    Raises:
+        RecipeError: with the unknown ones.
+    """
+    tokenizer = load_tokenizer(ctx.base)
+    for name in PLAIN:
+        row_factors(getattr(ctx.recipe.merge, name), len(tokenizer), tokenizer, f"merge.{name}")
 
 
 def build_apply(ctx: Context, ref: Ref, inputs: Inputs, *, force: bool = False) -> Built:
@@ -94,22 +103,25 @@ def build_apply(ctx: Context, ref: Ref, inputs: Inputs, *, force: bool = False) 
     if not check_destination(ctx, ref, force=force) and ctx.store.has(ref):
         # The record without the checkpoint: the output was moved, deleted or never here.
         ctx.store.discard(ref)
-    return ctx.store.build(ref, SCHEMA, lambda draft: write_apply(ctx, ref, inputs, draft))
+
+    def write(draft: Draft) -> None:
+        write_apply(ctx, ref, inputs, draft, force=force)
+
+    return ctx.store.build(ref, SCHEMA, write)
 
 
-def write_apply(ctx: Context, ref: Ref, inputs: Inputs, draft: Draft) -> None:
+def write_apply(
+    ctx: Context, ref: Ref, inputs: Inputs, draft: Draft, *, force: bool = False
+) -> None:
     """Unit of work: an output shard. The folder appears when all of it is written."""
     base = ctx.pair().base
     plan = shard_plan(base, ctx.recipe.run.shard_size)
     folder = ctx.output.with_name(f".{ctx.output.name}.draft-{ref.key}")
-    size = sum(e.nbytes for e in base.entries.values())
-    ctx.output.parent.mkdir(parents=True, exist_ok=True)
-    require_room(ctx.output.parent, size, "the merged checkpoint", OutputError)
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     editor = make_editor(ctx, inputs)
     gradients = ctx.store.open(inputs.scores)
-    for number, shard in enumerate(plan):
-        name = f"shard.{number}"
+    units = shard_units(plan)
+    for number, (name, shard) in enumerate(units.items()):
         target = folder / shard.file
         if not (draft.done(name) and target.exists()):
             with draft.unit(name) as unit:
@@ -118,17 +130,23 @@ def write_apply(ctx: Context, ref: Ref, inputs: Inputs, draft: Draft) -> None:
                     **_write_shard(editor, gradients, shard, target, unit),
                 }
         ctx.progress(STAGE, number + 1, len(plan), "shards")
-    files = {
-        record["meta"]["file"]: {k: record["meta"][k] for k in ("size", "digest")}
-        for name, record in draft.units.items()
-        if name in {f"shard.{i}" for i in range(len(plan))}
-    }
-    draft.meta |= {"files": files, "carried": base.carried}
+    written = [draft.units[name]["meta"] for name in units]
+    files = {m["file"]: {"size": m["size"], "digest": m["digest"]} for m in written}
+    draft.meta |= {"files": files, "carried": base.carried, "units": list(units)}
     _finish_folder(ctx, ref, inputs, plan, folder, files)
+    # Another merge may have taken the place in the meantime.
+    check_destination(ctx, ref, force=force)
     publish(folder, ctx.output)
     memo = DigestMemo(ctx.store.root)
     for file, record in files.items():
         memo.remember(ctx.output / file, (ctx.output / file).stat(), record["digest"])
+
+
+def shard_units(plan: list[Shard]) -> dict[str, Shard]:
+    """The unit of each shard. Its name tells the plan: a run that was killed may have had
+    another `run.shard_size`, and its shards must not be taken for these."""
+    mark = digest_of([[s.file, [e.name for e in s.entries]] for s in plan])[:8]
+    return {f"shard.{mark}.{number}": shard for number, shard in enumerate(plan)}
 
 
 def make_editor(ctx: Context, inputs: Inputs) -> Editor:
@@ -263,6 +281,8 @@ def _facts(ctx: Context, base: Checkpoint) -> Facts:
     parameters = sum(torch.Size(e.shape).numel() for e in base.entries.values())
     return Facts(
         recipe=ctx.recipe,
+        base=published_name(ctx.recipe, ctx.recipe.base),
+        donor=published_name(ctx.recipe, ctx.recipe.donor),
         base_folder=ctx.base,
         config=base.config,
         parameters=parameters,
@@ -282,7 +302,7 @@ def read_edit(artifact: Artifact) -> EditReport:
     """Aggregate an apply artifact over its shards."""
     components: dict[str, EditSums] = defaultdict(EditSums)
     predicted = dict.fromkeys(SETS, 0.0)
-    for unit in artifact.units():
+    for unit in artifact.meta["units"]:
         for _, component, sums in read_table(artifact, unit, "tensors").rows(EditSums):
             components[component] = components[component] + sums
         table = read_table(artifact, unit, "predicted")

@@ -177,8 +177,25 @@ def _decoded(
         ctx.progress(STAGE, number + 1, len(batches), "batches decoded")
 
 
+def check_format(ctx: Context, section: FormatSet, ref: Ref) -> None:
+    """Render a format set that is still to be made.
+
+    Raises:
+        DataError: the template refuses a row, or no row holds any of the patterns.
+    """
+    if not ctx.store.has(ref):
+        rows = load_rows(ctx.recipe, section.data)
+        tokenizer = load_tokenizer(ctx.base)
+        texts = [render(tokenizer, row, prompt=False) for row in rows.rows]
+        if not any(pattern in text for text in texts for pattern in section.patterns):
+            raise DataError(
+                f"{section.data}: no row holds any of the format patterns "
+                f"{', '.join(section.patterns)}"
+            )
+
+
 def write_format(ctx: Context, section: FormatSet, rows: Rows, draft: Draft) -> None:
-    """Token ids and the mask of format tokens and their neighbours."""
+    """Token ids and the mask of format tokens and their neighbours; cut to `max_length`."""
     tokenizer = load_tokenizer(ctx.base)
     sequences, masks = [], []
     for row in rows.rows:
@@ -187,10 +204,6 @@ def write_format(ctx: Context, section: FormatSet, rows: Rows, draft: Draft) -> 
         mask = format_mask(text, encoded["offset_mapping"], section.patterns, section.radius)
         sequences.append(encoded["input_ids"][: section.max_length])
         masks.append(mask[: section.max_length])
-    if not any(bool(m.any()) for m in masks):
-        raise DataError(
-            f"{rows.source}: no row holds any of the format patterns {', '.join(section.patterns)}"
-        )
     with draft.unit("set") as unit:
         unit.write("token_ids", torch.tensor([i for s in sequences for i in s]))
         unit.write("offsets", offsets_of(sequences))
@@ -279,7 +292,7 @@ def calibration_refs(ctx: Context) -> CalibrationRefs:
     )
 
 
-def check_rows(ctx: Context, section: TargetSet, ref: Ref) -> None:
+def check_prompts(ctx: Context, section: TargetSet, ref: Ref) -> None:
     """Render and measure every prompt of a set that is still to be made.
 
     Raises:

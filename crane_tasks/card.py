@@ -9,8 +9,10 @@ import yaml
 
 from crane_tasks.recipe import Recipe
 
-CITATION = """@misc{crane,
-  title         = {CRANE},
+CITATION = """@misc{zhu2026crane,
+  title         = {{CRANE}: Constrained Reasoning Injection for Code Agents via Nullspace Editing},
+  author        = {Zhu, Mingzhi and Merler, Michele and Pavuluri, Raju and Patterson, Stacy},
+  year          = {2026},
   eprint        = {2605.14084},
   archivePrefix = {arXiv},
   url           = {https://arxiv.org/abs/2605.14084},
@@ -34,6 +36,8 @@ class Facts:
     """What a card is made from."""
 
     recipe: Recipe
+    base: str
+    donor: str
     base_folder: Path
     config: Mapping[str, Any]
     parameters: int
@@ -54,7 +58,7 @@ def _front_matter(facts: Facts) -> str:
             license_name = found["license"]
     matter = {
         "license": license_name,
-        "base_model": [published_name(facts.recipe.base), published_name(facts.recipe.donor)],
+        "base_model": [facts.base, facts.donor],
         "base_model_relation": "merge",
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
@@ -63,17 +67,16 @@ def _front_matter(facts: Facts) -> str:
     return f"---\n{yaml.safe_dump(matter, sort_keys=False)}---\n"
 
 
-def published_name(value: str) -> str:
+def published_name(recipe: Recipe, value: str) -> str:
     """A hub id as it is; of a folder only its last name, which says nothing of a machine."""
-    repo = value.partition("@")[0]
-    is_id = repo.count("/") == 1 and not repo.startswith((".", "/", "~"))
-    return repo if is_id else Path(value).name
+    folder = recipe.locate(value)
+    return folder.name if folder is not None else value.partition("@")[0]
 
 
 def model_card(facts: Facts) -> str:
     """The card: front matter, how it was made, recipe, architecture, usage, citation."""
     recipe = facts.recipe
-    base, donor = published_name(recipe.base), published_name(recipe.donor)
+    base, donor = facts.base, facts.donor
     rows = {title: facts.config[key] for key, title in ROWS.items() if facts.config.get(key)}
     table = "\n".join(f"| {title} | {value} |" for title, value in rows.items())
     shown = recipe.model_dump(mode="json", exclude={"run"}, exclude_unset=True)

@@ -1,7 +1,6 @@
 """What every stage is given: the recipe, the store, and who the checkpoints are."""
 
 import json
-import shutil
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -171,18 +170,3 @@ def tokenizer_identity(folder: Path, memo: DigestMemo) -> str:
     """A digest of the tokenizer's files and the chat template."""
     files = [folder / name for name in TOKENIZER_FILES if (folder / name).exists()]
     return digest_of({file.name: memo.digest(file) for file in files})
-
-
-def require_room(place: Path, needed: int, what: str, error: type[Exception]) -> None:
-    """Refuse work whose result cannot fit on the disk.
-
-    Raises:
-        error: the disk that holds `place` has less than `needed` bytes free.
-    """
-    existing = next(p for p in (place, *place.parents) if p.exists())
-    free = shutil.disk_usage(existing).free
-    if free < needed:
-        raise error(
-            f"{place}: {what} needs about {needed / 1e9:.1f} GB, the disk has "
-            f"{free / 1e9:.1f} GB free"
-        )

@@ -13,8 +13,8 @@ from artifacts.ref import Ref
 from artifacts.schema import Schema
 from artifacts.store import Artifact, Built, Draft, Unit
 from crane_tasks.check import check_pair
-from crane_tasks.context import Context, require_room
-from crane_tasks.errors import CheckpointError, OutputError
+from crane_tasks.context import Context
+from crane_tasks.errors import CheckpointError
 from crane_tasks.models.checkpoint import Pair, listed
 from crane_tasks.models.layout import Slot, unit_name
 
@@ -43,12 +43,9 @@ def write_delta(ctx: Context, draft: Draft) -> None:
 
     Raises:
         CheckpointError: the pair does not fit, or weights are NaN or Inf: all are named.
-        OutputError: the disk has no room for it.
     """
     check_pair(ctx)
     pair = ctx.pair()
-    size = sum(e.nbytes for e in pair.base.entries.values())
-    require_room(ctx.store.root, size, "the delta", OutputError)
     groups = list(pair.base.layers())
     for number, (layer, slots) in enumerate(groups):
         name = unit_name(layer)

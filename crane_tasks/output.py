@@ -128,12 +128,12 @@ def holds(folder: Path, key: str, plan: list[Shard]) -> bool:
     )
 
 
-def check_output(folder: Path, inputs: Mapping[str, Path], *, ours: bool, force: bool) -> None:
+def check_output(folder: Path, inputs: Mapping[str, Path], *, key: str, force: bool) -> None:
     """Refuse an output that would destroy something.
 
     Args:
         inputs: the folders that are read, by role.
-        ours: the folder holds this very merge.
+        key: of this merge; a folder that holds it, damaged or in other shards, may go.
         force: whatever merge it holds may be replaced.
 
     Raises:
@@ -142,16 +142,22 @@ def check_output(folder: Path, inputs: Mapping[str, Path], *, ours: bool, force:
     for role, path in inputs.items():
         if folder == path or folder in path.parents or path in folder.parents:
             raise OutputError(f"{folder}: the output would overwrite the {role} {path}")
-    if ours or not folder.exists():
+    if not folder.exists():
         return
     if not folder.is_dir():
         raise OutputError(f"{folder}: the output is a folder, this is a file")
     if not any(folder.iterdir()):
         return
-    what = "another merge" if provenance(folder) else "something that is no merge"
-    if not force or not provenance(folder):
-        hint = " or give --force to replace it" if provenance(folder) else ""
-        raise OutputError(f"{folder}: exists and holds {what}. Choose another --output{hint}.")
+    found = provenance(folder)
+    if found is None:
+        raise OutputError(
+            f"{folder}: exists and holds something that is no merge. Choose another --output."
+        )
+    if found["apply"] != key and not force:
+        raise OutputError(
+            f"{folder}: exists and holds another merge. Choose another --output or give "
+            "--force to replace it."
+        )
 
 
 def publish(draft: Path, folder: Path) -> None:

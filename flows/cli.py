@@ -11,7 +11,6 @@ import typer
 
 if TYPE_CHECKING:
     from artifacts.store import Store
-    from crane_tasks.recipe import Recipe
     from flows.view import View
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
@@ -46,34 +45,6 @@ PrefectOption = Annotated[
         "--prefect/--no-prefect", help="Run as a Prefect flow (default: if PREFECT_API_URL is set)."
     ),
 ]
-
-
-def _load(
-    name: str,
-    assignments: list[str],
-    *,
-    alpha: float | None = None,
-    tau: float | None = None,
-    output: Path | None = None,
-    store: Path | None = None,
-) -> "tuple[Recipe, Store]":
-    from artifacts.store import Store
-    from crane_tasks.recipe import load_recipe
-    from flows.shipped import find_recipe
-
-    # Options given on the command line are relative to where it was typed.
-    extra = []
-    if output is not None:
-        extra.append(f"run.output={json.dumps(str(output.expanduser().absolute()))}")
-    if store is not None:
-        extra.append(f"run.store={json.dumps(str(store.expanduser().absolute()))}")
-    recipe = load_recipe(
-        find_recipe(name),
-        assignments=[*assignments, *extra],
-        overrides={"alpha": alpha, "tau": tau},
-    )
-    place = recipe.place(recipe.run.store) if recipe.run.store else Path("crane-store")
-    return recipe, Store(place.absolute())
 
 
 def _quiet() -> None:
@@ -133,12 +104,26 @@ def merge(
     """Merge a pair; finished stages are reused, unfinished ones resumed."""
 
     def work(view: "View") -> None:
-        loaded, place = _load(recipe, assignments, alpha=alpha, tau=tau, output=output, store=store)
-        as_flow = prefect if prefect is not None else bool(os.environ.get("PREFECT_API_URL"))
-        if as_flow:
+        from flows.opening import open_recipe
+
+        loaded, place = open_recipe(
+            recipe, assignments, alpha=alpha, tau=tau, output=output, store=store
+        )
+        if prefect if prefect is not None else bool(os.environ.get("PREFECT_API_URL")):
+            # Prefect reads these when it is imported: a merge reports to nobody.
+            os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+            os.environ.setdefault("DO_NOT_TRACK", "1")
             from flows.prefect_flow import run_flow
 
-            merged = run_flow(loaded, place, force=force)
+            merged = run_flow(
+                recipe,
+                alpha=alpha,
+                tau=tau,
+                assignments=assignments,
+                output=str(output) if output else None,
+                store=str(store) if store else None,
+                force=force,
+            )
         else:
             from flows.merge import merge as run
 
@@ -172,9 +157,12 @@ def plan(
     """Say what would be reused or computed, and what it takes; loads no weights."""
 
     def work(view: "View") -> None:
+        from flows.opening import open_recipe
         from flows.plan import make_plan
 
-        loaded, place = _load(recipe, assignments, alpha=alpha, tau=tau, output=output, store=store)
+        loaded, place = open_recipe(
+            recipe, assignments, alpha=alpha, tau=tau, output=output, store=store
+        )
         found = make_plan(loaded, place, progress=view.progress)
         if as_json:
             _print_json(found.as_json())
@@ -196,8 +184,9 @@ def scores(
 
     def work(view: "View") -> None:
         from flows.merge import compute_scores, scores_json, stage_json
+        from flows.opening import open_recipe
 
-        loaded, place = _load(recipe, assignments, store=store)
+        loaded, place = open_recipe(recipe, assignments, store=store)
         built, found = compute_scores(
             loaded, place, call=view.timed, progress=view.progress, notice=view.notice
         )
@@ -236,9 +225,10 @@ def sweep(
     """Merge and evaluate every point of a grid of alpha and tau."""
 
     def work(view: "View") -> None:
+        from flows.opening import open_recipe
         from flows.sweep import sweep as run
 
-        loaded, place = _load(recipe, assignments, store=store)
+        loaded, place = open_recipe(recipe, assignments, store=store)
         alphas = _numbers(alpha, "--alpha") if alpha else [loaded.alpha]
         taus = _numbers(tau, "--tau") if tau else [loaded.tau]
         folder = output.expanduser().absolute() if output else None
@@ -275,8 +265,9 @@ def evaluate(
 
     def work(view: "View") -> None:
         from flows.evaluate import evaluate as run
+        from flows.opening import open_recipe
 
-        loaded, place = _load(recipe, assignments, store=store)
+        loaded, place = open_recipe(recipe, assignments, store=store)
         found = run(loaded, place, checkpoint, progress=view.progress, notice=view.notice)
         if as_json:
             _print_json(found)

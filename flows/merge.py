@@ -11,13 +11,21 @@ from typing import Any, Protocol, TypeVar
 from artifacts.errors import DamagedArtifact
 from artifacts.ref import Ref
 from artifacts.store import Built, Store
-from crane_tasks.apply import Inputs, apply_ref, build_apply, check_destination, read_edit
+from crane_tasks.apply import (
+    Inputs,
+    apply_ref,
+    build_apply,
+    check_destination,
+    check_rows,
+    read_edit,
+)
 from crane_tasks.calibration import (
     CalibrationRefs,
     build_calibration,
     calibration_ref,
     calibration_refs,
-    check_rows,
+    check_format,
+    check_prompts,
 )
 from crane_tasks.context import Context, Progress, make_context, no_progress
 from crane_tasks.delta import build_delta, delta_ref
@@ -32,6 +40,7 @@ from crane_tasks.evaluate import (
 from crane_tasks.projector import build_projector, projector_ref
 from crane_tasks.recipe import Recipe
 from crane_tasks.report import Facts, write_report
+from crane_tasks.room import check_room, sizes_of
 from crane_tasks.scores import Scores, build_scores, read_scores, scores_ref
 from crane_tasks.threshold import build_threshold, threshold_ref
 
@@ -89,14 +98,36 @@ def all_refs(ctx: Context) -> Refs:
 
 def check_cheap(ctx: Context, refs: Refs, *, force: bool) -> None:
     """Everything about data and output that is known to be wrong before weights are read."""
-    check_destination(ctx, refs.apply, force=force)
+    there = check_destination(ctx, refs.apply, force=force)
+    check_room(_disk_needs(ctx, refs, written=there and ctx.store.has(refs.apply)))
+    if not ctx.store.has(refs.apply):
+        check_rows(ctx)
+    check_data(ctx, refs)
+
+
+def check_data(ctx: Context, refs: Refs) -> None:
+    """Render and measure the rows of every set that is still to be made."""
     sets = ctx.recipe.calibration
-    check_rows(ctx, sets.reasoning, refs.calibration.reasoning)
-    check_rows(ctx, sets.agent, refs.calibration.agent)
+    check_prompts(ctx, sets.reasoning, refs.calibration.reasoning)
+    check_prompts(ctx, sets.agent, refs.calibration.agent)
+    check_format(ctx, sets.format, refs.calibration.format)
     for name in refs.sets.heldout():
         section = heldout_section(ctx, name)
         if section is not None:
-            check_rows(ctx, section, refs.sets.refs[name])
+            check_prompts(ctx, section, refs.sets.refs[name])
+
+
+def _disk_needs(ctx: Context, refs: Refs, *, written: bool) -> list[tuple[Path, int, str]]:
+    """What the missing stages will write, in bytes; small artifacts are left out."""
+    sizes = sizes_of(ctx.pair().base)
+    needs = []
+    if not ctx.store.has(refs.delta):
+        needs.append((ctx.store.root, sizes.total, "delta"))
+    if not ctx.store.has(refs.scores) and ctx.recipe.gate.store_gradients:
+        needs.append((ctx.store.root, 2 * sizes.gated, "gradients"))
+    if not written:
+        needs.append((ctx.output, sizes.total, "output"))
+    return needs
 
 
 @dataclass
@@ -247,6 +278,7 @@ def compute_scores(
     store.prepare()
     ctx = make_context(recipe, store, progress)
     refs = all_refs(ctx)
+    check_data(ctx, refs)
     built = healing(store, lambda: build_gate(ctx, refs, call), notice)
     layout = ctx.pair().base.layout
     scores = read_scores(store.open(refs.scores), layout, recipe.gate.baseline)

@@ -8,11 +8,9 @@ from artifacts.ref import Ref
 from artifacts.store import Store
 from crane_tasks.check import check_pair
 from crane_tasks.context import Context, Progress, make_context, no_progress
-from crane_tasks.models.checkpoint import Checkpoint
-from crane_tasks.models.layout import Slot
 from crane_tasks.output import holds, shard_plan
 from crane_tasks.recipe import Recipe
-from crane_tasks.threshold import PLAIN
+from crane_tasks.room import Sizes, sizes_of
 from flows.merge import Refs, all_refs, check_cheap
 
 # Rough rates for the time column: bytes of weights a second from disk through memory, and
@@ -48,42 +46,6 @@ class Plan:
         return asdict(self)
 
 
-@dataclass(frozen=True)
-class _Sizes:
-    """Byte counts of a checkpoint, from its headers."""
-
-    total: int
-    gated: int
-    layer: int
-    outside: int
-    largest: int
-    parameters: int
-
-
-def _sizes(base: Checkpoint) -> _Sizes:
-    def nbytes(slot: Slot) -> int:
-        return sum(torch_size(p.shape) * p.dtype.itemsize for p in base.pieces[slot.name])
-
-    groups = {layer: sum(nbytes(s) for s in slots) for layer, slots in base.layers()}
-    layers = [size for layer, size in groups.items() if layer is not None]
-    return _Sizes(
-        total=sum(e.nbytes for e in base.entries.values()),
-        gated=sum(nbytes(s) for s in base.slots.values() if s.component not in PLAIN),
-        layer=max(layers),
-        outside=groups[None],
-        largest=max(torch_size(p.shape) for ps in base.pieces.values() for p in ps),
-        parameters=sum(torch_size(p.shape) for ps in base.pieces.values() for p in ps),
-    )
-
-
-def torch_size(shape: tuple[int, ...]) -> int:
-    """Elements of a shape."""
-    count = 1
-    for extent in shape:
-        count *= extent
-    return count
-
-
 def make_plan(recipe: Recipe, store: Store, *, progress: Progress = no_progress) -> Plan:
     """Every stage's fate. Runs the same checks as a merge, so a bad pair shows here.
 
@@ -94,12 +56,12 @@ def make_plan(recipe: Recipe, store: Store, *, progress: Progress = no_progress)
     refs = all_refs(ctx)
     check_cheap(ctx, refs, force=True)
     check_pair(ctx)
-    sizes = _sizes(ctx.pair().base)
+    sizes = sizes_of(ctx.pair().base)
     steps = [_step(ctx, refs, name, ref, sizes) for name, ref in refs.by_stage().items()]
     return Plan(recipe.name, str(ctx.output), str(store.root), steps)
 
 
-def _step(ctx: Context, refs: Refs, name: str, ref: Ref, sizes: _Sizes) -> Step:
+def _step(ctx: Context, refs: Refs, name: str, ref: Ref, sizes: Sizes) -> Step:
     if name == "calibration":
         sets = {**refs.calibration.targets(), "format": refs.calibration.format}
         missing = {label: r for label, r in sets.items() if not ctx.store.has(r)}
@@ -128,7 +90,7 @@ def _why(ctx: Context, ref: Ref) -> str:
     return f"changed: {', '.join(differences(best, ref.identity()))}"
 
 
-def _needs(ctx: Context, name: str, sizes: _Sizes) -> dict[str, Any]:
+def _needs(ctx: Context, name: str, sizes: Sizes) -> dict[str, Any]:
     """Disk, memory, device memory and time of a stage that runs; rough."""
     wide = 4 if ctx.compute == "float32" else 2
     layer = sizes.layer // 2 * wide  # one decoder layer in the compute dtype

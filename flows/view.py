@@ -33,7 +33,7 @@ class View:
             TimeRemainingColumn(),
             console=self.err,
             transient=True,
-            disable=quiet,
+            disable=quiet or not self.err.is_terminal,
         )
         self._tasks: dict[str, TaskID] = {}
 

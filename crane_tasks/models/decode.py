@@ -44,7 +44,9 @@ def decode_greedily(
     """
     from transformers import GenerationConfig
 
-    stop = model.generation_config.eos_token_id or eos
+    stop = model.generation_config.eos_token_id
+    if stop is None or stop == []:  # not `or`: 0 is a token, too
+        stop = eos
     stops = set(stop if isinstance(stop, list) else [stop])
     pad = eos if pad is None else pad
     width = max(len(p) for p in prompts)

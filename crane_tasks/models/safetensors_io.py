@@ -69,19 +69,23 @@ def read_header(file: Path) -> tuple[list[Entry], dict[str, str]]:
                     f"{file}: truncated or not safetensors: its header should be {length} "
                     f"bytes long, the file has {size}. Download it again."
                 )
-            header: dict[str, Any] = json.loads(stream.read(length))
+            header: Any = json.loads(stream.read(length))
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise CheckpointError(f"{file}: its safetensors header is not JSON: {error}") from error
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{file}: its safetensors header is no JSON object")
     metadata = header.pop("__metadata__", {})
     entries = [_entry(file, name, spec, 8 + length, size) for name, spec in header.items()]
     return sorted(entries, key=lambda e: (e.start, e.name)), metadata
 
 
-def _entry(file: Path, name: str, spec: Mapping[str, Any], origin: int, size: int) -> Entry:
+def _entry(file: Path, name: str, spec: Any, origin: int, size: int) -> Entry:
     try:
         dtype, shape, (start, end) = spec["dtype"], tuple(spec["shape"]), spec["data_offsets"]
+        if not all(isinstance(n, int) and n >= 0 for n in (*shape, start, end)):
+            raise ValueError("negative or no integers")
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{file}: malformed header entry for {name}") from error
     if dtype not in DTYPES:

@@ -1,0 +1,66 @@
+"""From what a person names to a recipe and a store."""
+
+import json
+from collections.abc import Iterable
+from importlib import resources
+from pathlib import Path
+
+from artifacts.store import Store
+from crane_tasks.errors import RecipeError
+from crane_tasks.recipe import Recipe, load_recipe
+
+DEFAULT_STORE = "crane-store"
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """The recipes inside the package, by name."""
+    folder = Path(str(resources.files("flows"))) / "recipes"
+    return {p.stem: p for p in sorted(folder.glob("*.yaml"))}
+
+
+def find_recipe(name: str) -> Path:
+    """The file of a recipe given by path, or by the name of a shipped one.
+
+    Raises:
+        RecipeError: there is neither.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path
+    shipped = shipped_recipes()
+    if name not in shipped:
+        raise RecipeError(
+            f"{name}: no such recipe file, nor a shipped recipe ({', '.join(shipped)})"
+        )
+    return shipped[name]
+
+
+def open_recipe(
+    name: str,
+    assignments: Iterable[str] = (),
+    *,
+    alpha: float | None = None,
+    tau: float | None = None,
+    output: str | Path | None = None,
+    store: str | Path | None = None,
+) -> tuple[Recipe, Store]:
+    """A recipe with its changes, and the store it asks for (default ./crane-store).
+
+    `output` and `store` are relative to the current folder; what the recipe itself says of
+    them is relative to the recipe.
+
+    Raises:
+        RecipeError: no such recipe, or its contents are wrong.
+    """
+    extra = [
+        f"run.{field}={json.dumps(str(Path(value).expanduser().absolute()))}"
+        for field, value in (("output", output), ("store", store))
+        if value is not None
+    ]
+    recipe = load_recipe(
+        find_recipe(name),
+        assignments=[*assignments, *extra],
+        overrides={"alpha": alpha, "tau": tau},
+    )
+    place = recipe.place(recipe.run.store) if recipe.run.store else Path(DEFAULT_STORE)
+    return recipe, Store(place.absolute())

@@ -1,0 +1,135 @@
+"""On a CUDA device: the walk, the gate's scores and the edits agree with the CPU."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from crane_tasks.models.activations import Sums, walk_activations
+from crane_tasks.models.checkpoint import Checkpoint
+from crane_tasks.models.gradients import Gradients, GradientWalk
+from crane_tasks.models.states import States
+from crane_tasks.models.stream import Item, LayerStream
+from crane_tasks.numerics.gate import gain_sums
+from crane_tasks.numerics.merge import round_stochastic
+from crane_tasks.numerics.projector import basis_from_gram, gram, project, protection
+from crane_tasks.numerics.threshold import median_magnitude
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here"),
+]
+CUDA = "cuda"
+
+
+def _items(seed: int) -> list[Item]:
+    generator = torch.Generator().manual_seed(seed)
+    lengths = (40, 57, 33)
+    return [
+        Item(torch.randint(9, 265, (n,), generator=generator), n // 3, 1 / len(lengths))
+        for n in lengths
+    ]
+
+
+def _gradients(
+    folder: Path, device: str, compute: torch.dtype, scratch: Path
+) -> dict[int | None, dict[str, Gradients]]:
+    stream = LayerStream(Checkpoint.open(folder), device=torch.device(device), compute=compute)
+    sets = {"reasoning": _items(1), "agent": _items(2)}
+    found: dict[int | None, dict[str, Gradients]] = {}
+
+    def visit(layer: int | None, gradients: dict[str, Gradients]) -> None:
+        found[layer] = {
+            name: {key: grad.cpu() for key, grad in grads.items()}
+            for name, grads in gradients.items()
+        }
+
+    GradientWalk(stream, sets, States(scratch)).run(visit, (), lambda at, of: None)
+    return found
+
+
+def _flat(found: dict[int | None, dict[str, Gradients]], name: str) -> Tensor:
+    parts = [g[name][key].flatten() for g in found.values() for key in sorted(g[name])]
+    return torch.cat(parts).double()
+
+
+def test_float32_gradients_on_the_device_are_those_of_the_cpu(
+    tiny_pair: Any, tmp_path: Path
+) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = False
+    here = _gradients(tiny_pair.base, "cpu", torch.float32, tmp_path / "cpu")
+    there = _gradients(tiny_pair.base, CUDA, torch.float32, tmp_path / "gpu")
+    for name in ("reasoning", "agent"):
+        ours, theirs = _flat(there, name), _flat(here, name)
+        assert float((ours - theirs).norm() / theirs.norm()) < 1e-4
+
+
+def test_bfloat16_compute_sums_gradients_in_float32_and_scores_within_a_few_percent(
+    tiny_pair: Any, tmp_path: Path
+) -> None:
+    here = _gradients(tiny_pair.base, "cpu", torch.float32, tmp_path / "cpu")
+    there = _gradients(tiny_pair.base, CUDA, torch.bfloat16, tmp_path / "gpu")
+    assert all(
+        g.dtype == torch.float32 for s in there.values() for gs in s.values() for g in gs.values()
+    )
+    delta = torch.randn(_flat(here, "agent").shape, generator=torch.Generator().manual_seed(3))
+    base = torch.ones_like(delta)
+    gains = [
+        gain_sums(base, delta, _flat(f, "reasoning").float(), _flat(f, "agent").float()).p
+        for f in (there, here)
+    ]
+    assert gains[0] == pytest.approx(gains[1], rel=0.05)
+
+
+def test_the_bases_of_the_device_protect_what_those_of_the_cpu_do(
+    pairs: Callable[[str], Any], tmp_path: Path
+) -> None:
+    folder = pairs("qwen3_moe").base
+    checkpoint = Checkpoint.open(folder)
+    items = [(i.ids, torch.ones(i.ids.numel(), dtype=torch.bool)) for i in _items(4)]
+
+    def sums(device: str) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+
+        def visit(layer: int, of_layer: Sums) -> None:
+            for site, experts in of_layer.items():
+                for expert, total in experts.items():
+                    basis = basis_from_gram(total.total, total.rows, rank=16, cutoff=1e-5)
+                    weight = protection(basis.sigma, 0.03).float()
+                    v = basis.directions
+                    found[f"{layer}.{site}.{expert}"] = ((v * weight) @ v.T).cpu()
+
+        walk_activations(
+            LayerStream(checkpoint, device=torch.device(device), compute=torch.float32),
+            items,
+            checkpoint.layout.sites,
+            gram=gram,
+            states=States(tmp_path / device),
+            done=(),
+            visit=visit,
+            progress=lambda at, of: None,
+        )
+        return found
+
+    torch.backends.cuda.matmul.allow_tf32 = False
+    here, there = sums("cpu"), sums(CUDA)
+    assert here.keys() == there.keys()
+    for name, ours in here.items():
+        assert float((ours - there[name]).norm() / ours.norm()) < 1e-2
+
+
+def test_rounding_thresholds_and_projection_do_not_depend_on_the_device() -> None:
+    generator = torch.Generator().manual_seed(5)
+    values = torch.randn(257, 64, generator=generator)
+    assert torch.equal(
+        round_stochastic(values.to(CUDA), seed=7).cpu(), round_stochastic(values, seed=7)
+    )
+    assert float(median_magnitude(values.to(CUDA))) == float(median_magnitude(values))
+    directions = torch.linalg.qr(torch.randn(64, 8, generator=generator)).Q
+    weight = torch.rand(8, generator=generator)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    there = project(values.to(CUDA), directions.to(CUDA), weight.to(CUDA)).cpu()
+    torch.testing.assert_close(there, project(values, directions, weight), rtol=1e-4, atol=1e-5)
