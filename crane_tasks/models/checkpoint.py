@@ -271,7 +271,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder}: has no config.json, so it is no checkpoint") from error
     except ValueError as error:
         raise CheckpointError(f"{file}: not JSON: {error}") from error
-    if not isinstance(config, dict) or "num_hidden_layers" not in config:
+    if not isinstance(config, dict) or not isinstance(config.get("num_hidden_layers"), int):
         raise CheckpointError(f"{file}: not the config of a decoder-only language model")
     return config
 
@@ -282,9 +282,17 @@ def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
     if index.exists():
         try:
             weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
-        except (ValueError, KeyError, TypeError) as error:
+            files = [folder / name for name in sorted(set(weight_map.values()))]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{index}: not an index of safetensors files") from error
-        files = [folder / name for name in sorted(set(weight_map.values()))]
+        if (folder / SINGLE).exists() and folder / SINGLE not in files:
+            raise CheckpointError(
+                f"{folder}: holds both {INDEX} and {SINGLE}, which loaders choose between "
+                "differently. Remove the one that is left over."
+            )
+        astray = [f.name for f in files if f.parent != folder]
+        if astray:
+            raise CheckpointError(f"{index}: names files outside the folder: {listed(astray)}")
         missing = [f.name for f in files if not f.exists()]
         if missing:
             raise CheckpointError(

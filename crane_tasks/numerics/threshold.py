@@ -11,9 +11,12 @@ from torch import Tensor
 def median_magnitude(delta: Float[Tensor, "..."]) -> Float[Tensor, ""]:
     """The k-th smallest |δ| with k = max(1, n // 2), exact for any n; dtype of `delta`.
 
-    Not `torch.median`, which takes the (n + 1) // 2-th and so differs for odd n.
+    Not `torch.median`, which takes the (n + 1) // 2-th and so differs for odd n. Of an
+    empty tensor it is 0, which keeps all of nothing.
     """
     magnitude = delta.abs().flatten()
+    if magnitude.numel() == 0:
+        return delta.new_zeros(())
     k = max(1, magnitude.numel() // 2)
     if magnitude.dtype == torch.float32 and magnitude.device.type == "cpu":
         # Non-negative floats order like their bit patterns, and numpy's introselect on

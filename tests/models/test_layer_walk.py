@@ -19,7 +19,7 @@ from crane_tasks.models.stream import Item, LayerStream
 CPU = torch.device("cpu")
 Found = dict[int | None, dict[str, Gradients]]
 # (length, prompt) of each item: one target only, one prompt token only, the longest last.
-LENGTHS = {"reasoning": [(9, 8), (17, 1), (40, 22)], "agent": [(5, 2), (23, 11)]}
+LENGTHS = {"reasoning": [(9, 8), (17, 1), (70, 22)], "agent": [(5, 2), (23, 11)]}
 
 
 class Killed(Exception):
@@ -254,6 +254,19 @@ def test_a_walk_killed_anywhere_resumes_to_bit_identical_gradients(
     assert_identical(found, wanted)
     # What was committed was not computed again.
     assert all(id(found[layer]) == known for layer, known in kept.items())
+
+
+@pytest.mark.parametrize("at_step", [3, 4, 5])
+def test_a_walk_killed_on_its_way_back_takes_no_step_forward_again(
+    moe_pair: TinyPair, tmp_path: Path, at_step: int
+) -> None:
+    found: Found = {}
+    with pytest.raises(Killed):
+        killed_walk(moe_pair.base, tmp_path, found, at_step=at_step)
+    steps: list[int] = []
+    walked = GradientWalk(make_stream(moe_pair.base), make_items(), States(tmp_path))
+    walked.run(found.__setitem__, set(found), lambda done, total: steps.append(done))
+    assert steps == [3, 4]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -165,6 +165,28 @@ def test_a_seed_leaves_room_for_positions_in_64_bits(seed: int, name: str) -> No
     assert 0 <= seed_of(seed, name) < 2**62
 
 
+def splitmix64(counter: int) -> int:
+    """The finaliser of splitmix64, in unbounded integers."""
+    x = counter & (2**64 - 1)
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & (2**64 - 1)
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB & (2**64 - 1)
+    return x ^ (x >> 31)
+
+
+@steady
+@given(seed=st.integers(0, 2**62 - 1), offset=st.integers(0, 2**40))
+def test_the_random_bits_are_those_of_splitmix64_at_seed_plus_position(
+    seed: int, offset: int
+) -> None:
+    value = normal(16, dtype=torch.float32)
+    wanted = [
+        (bits + (splitmix64(seed + offset + i) & 0xFFFF)) & -0x10000
+        for i, bits in enumerate(value.view(torch.int32).tolist())
+    ]
+    got = round_stochastic(value, seed=seed, offset=offset)
+    assert got.float().view(torch.int32).tolist() == wanted
+
+
 def test_a_stochastic_edit_survives_in_the_mean_where_the_nearest_erases_it() -> None:
     base = torch.ones(100_000)
     edit = 2.0**-11  # a sixteenth of the distance to the next bfloat16
