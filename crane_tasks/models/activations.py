@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from crane_tasks.models.batches import batched, token_limit
 from crane_tasks.models.layout import Site
 from crane_tasks.models.states import States
 from crane_tasks.models.stream import LayerStream
@@ -100,9 +101,13 @@ def walk_activations(
     `visit(layer, sums)` once per layer that is not in `done`, in order; the state behind a
     visited layer is kept in `states`, so that a killed walk resumes behind it.
     """
-    entered = [stream.enter(ids) for ids, _ in items]
+    batches = batched([ids for ids, _ in items], token_limit(stream.device))
+    entered = [stream.enter(batch.ids) for batch in batches]
     hidden = [h.cpu() for h, _ in entered]
-    masks = [mask.to(stream.device) for _, mask in items]
+    masks = [
+        batch.rows([items[i][1] for i in batch.items], fill=False).flatten().to(stream.device)
+        for batch in batches
+    ]
     reached = max((i + 1 for i in done if states.has(f"behind.{i}")), default=0)
     if reached:
         hidden = states.load(f"behind.{reached - 1}")

@@ -1,15 +1,17 @@
 """What the gate takes from the walk: one forward and one backward for all layers.
 
-Forward: every item's state is pushed through each layer in turn and kept at the boundary.
-Backward, from the last layer down: the layer is loaded once, each item's forward is
+Forward: every batch's state is pushed through each layer in turn and kept at the boundary.
+Backward, from the last layer down: the layer is loaded once, each batch's forward is
 recomputed with grad from its boundary, and the incoming gradient is pulled through it.
 """
 
+import math
 from collections.abc import Callable, Collection, Mapping
 
 import torch
 from torch import Tensor, nn
 
+from crane_tasks.models.batches import Batch, batched, token_limit, unpadded
 from crane_tasks.models.states import States
 from crane_tasks.models.stream import Item, LayerCall, LayerStream
 
@@ -20,7 +22,7 @@ Progress = Callable[[int, int], None]
 
 
 class Accumulator:
-    """Adds up parameter gradients over items in float32 (or wider), whatever the compute dtype.
+    """Adds up parameter gradients over batches in float32 (or wider), whatever the compute dtype.
 
     Left to autograd, a bfloat16 parameter would collect its gradient in bfloat16.
     """
@@ -30,7 +32,7 @@ class Accumulator:
         self._sums: Gradients = {}
 
     def collect(self) -> None:
-        """Take the gradients of one item."""
+        """Take the gradients of one batch."""
         for name, parameter in self._parameters.items():
             if parameter.grad is None:
                 continue
@@ -53,16 +55,27 @@ class Accumulator:
 class GradientWalk:
     """Gradients of the mean item loss of each set, layer by layer."""
 
-    def __init__(self, stream: LayerStream, sets: Sets, states: States) -> None:
+    def __init__(
+        self, stream: LayerStream, sets: Sets, states: States, batch_tokens: int | None = None
+    ) -> None:
         self._stream = stream
-        self._items = [(name, item) for name, items in sets.items() for item in items]
-        self._names = list(sets)
+        self._sets = sets
         self._states = states
-        entered = [stream.enter(item.ids) for _, item in self._items]
-        self._first = [hidden.cpu() for hidden, _ in entered]
-        self._calls: list[list[LayerCall]] = [calls for _, calls in entered]
+        self._batches = [
+            (name, batch)
+            for name, items in sets.items()
+            for batch in batched(
+                [item.ids for item in items], batch_tokens or token_limit(stream.device)
+            )
+        ]
+        self._first: list[Tensor] = []
+        self._calls: list[list[LayerCall]] = []
+        for _, batch in self._batches:
+            hidden, calls = stream.enter(batch.ids)
+            self._first.append(hidden.cpu())
+            self._calls.append(calls)
         # Each item's mean token NLL, known once the head was visited.
-        self.losses: dict[str, list[float]] = {name: [] for name in sets}
+        self.losses: dict[str, list[float]] = {n: [math.nan] * len(i) for n, i in sets.items()}
 
     def run(self, visit: Visit, done: Collection[int | None], progress: Progress) -> None:
         """Walk forward and backward; `visit(layer, gradients per set)` once per layer.
@@ -113,15 +126,15 @@ class GradientWalk:
         for p in stream.outside.values():
             p.requires_grad_(True)
         found: dict[str, Gradients] = {}
-        for name in self._names:
+        for name, items in self._sets.items():
             sums = Accumulator(stream.outside)
-            for index, (owner, item) in enumerate(self._items):
-                if owner != name:
-                    continue
-                loss, grad = stream.loss(hidden[index].to(stream.device), item)
+            for index, batch in self._of(name):
+                chosen = [items[i] for i in batch.items]
+                losses, grad = stream.losses(hidden[index].to(stream.device), chosen)
                 assert grad is not None
                 gradients[index] = grad.cpu()
-                self.losses[name].append(loss)
+                for item, loss in zip(batch.items, losses, strict=True):
+                    self.losses[name][item] = loss
                 sums.collect()
             found[name] = sums.result()
         for p in stream.outside.values():
@@ -130,17 +143,19 @@ class GradientWalk:
         visit(None, found)
         states.drop(f"hidden.{count}")
 
+    def _of(self, name: str) -> list[tuple[int, Batch]]:
+        """The batches of a set with their places in the lists of states."""
+        return [(i, batch) for i, (owner, batch) in enumerate(self._batches) if owner == name]
+
     def _backward(self, layer: int) -> dict[str, Gradients]:
         stream, states = self._stream, self._states
         hidden, incoming = states.load(f"hidden.{layer}"), states.load(f"grad.{layer + 1}")
         outgoing: list[Tensor] = [torch.empty(0)] * len(hidden)
         found: dict[str, Gradients] = {}
         with stream.layer(layer, grad=True) as module:
-            for name in self._names:
+            for name in self._sets:
                 sums = Accumulator(dict(module.named_parameters()))
-                for index, (owner, _) in enumerate(self._items):
-                    if owner != name:
-                        continue
+                for index, _ in self._of(name):
                     state = hidden[index].to(stream.device).requires_grad_(True)
                     out = stream.run(module, state, self._calls[index][layer])
                     torch.autograd.backward(out, incoming[index].to(stream.device))
@@ -157,7 +172,8 @@ def item_losses(
     stream: LayerStream, items: list[Item], progress: Progress
 ) -> tuple[list[float], list[Tensor]]:
     """Each item's mean token NLL, and its state [T, d] after the last layer; forward only."""
-    entered = [stream.enter(item.ids) for item in items]
+    batches = batched([item.ids for item in items], token_limit(stream.device))
+    entered = [stream.enter(batch.ids) for batch in batches]
     hidden = [h.cpu() for h, _ in entered]
     for layer in range(stream.num_layers):
         with stream.layer(layer) as module:
@@ -166,7 +182,10 @@ def item_losses(
                 for h, (_, calls) in zip(hidden, entered, strict=True)
             ]
         progress(layer + 1, stream.num_layers)
-    losses = [
-        stream.loss(h.to(stream.device), item)[0] for h, item in zip(hidden, items, strict=True)
-    ]
-    return losses, [h[0] for h in hidden]
+    losses, states = [math.nan] * len(items), [torch.empty(0)] * len(items)
+    for batch, h in zip(batches, hidden, strict=True):
+        found, _ = stream.losses(h.to(stream.device), [items[i] for i in batch.items])
+        own = unpadded(batch, h)
+        for place, loss, state in zip(batch.items, found, own, strict=True):
+            losses[place], states[place] = loss, state
+    return losses, states

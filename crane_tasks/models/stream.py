@@ -6,7 +6,7 @@ model's own forward is called: each stub records the arguments that its layer wo
 injected, so that embedding, final norm, head and soft-capping stay the library's code.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -180,15 +180,15 @@ class LayerStream:
     def _read(self, name: str) -> Tensor:
         return self.checkpoint.read_parameter(name).to(device=self.device, dtype=self.compute)
 
-    def enter(self, ids: Int[Tensor, " T"]) -> tuple[Float[Tensor, "1 T d"], list[LayerCall]]:
-        """The state before the first layer, and each layer's other arguments.
+    def enter(self, ids: Int[Tensor, "B T"]) -> tuple[Float[Tensor, "B T d"], list[LayerCall]]:
+        """The state of a batch before the first layer, and each layer's other arguments.
 
         Raises:
             CheckpointError: the model hands a mutable object from layer to layer (a shared
                 cache, say), whose gradient would be lost when layers run apart.
         """
         with torch.no_grad():
-            hidden: Tensor = self._model.get_input_embeddings()(ids[None].to(self.device))
+            hidden: Tensor = self._model.get_input_embeddings()(ids.to(self.device))
             for stub in self._stubs:
                 stub.inject = None
             self._model(inputs_embeds=hidden, use_cache=False, logits_to_keep=1)
@@ -222,7 +222,7 @@ class LayerStream:
                     child.register_parameter(name, nn.Parameter(empty, requires_grad=False))
 
     def run(self, module: nn.Module, hidden: Tensor, call: LayerCall) -> Tensor:
-        """One layer on one item: state [1, T, d] in, state [1, T, d] out."""
+        """One layer on one batch: state [B, T, d] in, state [B, T, d] out."""
         out = module(hidden, *call.args, **call.kwargs)
         state: Tensor = out[0] if isinstance(out, tuple) else out
         return state
@@ -238,25 +238,46 @@ class LayerStream:
         logits: Tensor = out.logits[0]
         return logits
 
-    def loss(
-        self, hidden: Float[Tensor, "1 T d"], item: Item
-    ) -> tuple[float, Float[Tensor, "1 T d"] | None]:
-        """The item's mean token NLL over its targets, and its weighted gradient.
+    def losses(
+        self, hidden: Float[Tensor, "B T d"], items: Sequence[Item]
+    ) -> tuple[list[float], Float[Tensor, "B T d"] | None]:
+        """Each item's mean token NLL over its targets, and the weighted gradient.
 
-        The gradient (None when grad is off) is that of `item.weight` times the loss with
-        respect to `hidden`; the gradients of `outside` accumulate alongside.
+        `hidden` is the batch's state after the last layer, an item per row, padded on the
+        right. The gradient (None when grad is off) is that of the sum of `item.weight`
+        times the item's loss; the gradients of `outside` accumulate alongside. Head and
+        loss see target tokens alone, so many at a time as `LOGIT_BYTES` allows.
         """
         grad = torch.is_grad_enabled()
-        leaf = hidden.detach().requires_grad_(grad)
-        positions = torch.arange(item.prompt - 1, item.ids.numel() - 1, device=self.device)
-        labels = item.ids.to(self.device)[positions + 1]
+        spots = [(b, t) for b, i in enumerate(items) for t in range(i.prompt - 1, len(i.ids) - 1)]
+        row, column = torch.tensor(spots, device=self.device).T
+        labels = torch.cat([item.ids[item.prompt :] for item in items]).to(self.device)
+        share = torch.tensor([1.0 / i.targets for i in items], dtype=torch.float64)
+        weight = torch.tensor([i.weight for i in items], dtype=torch.float64) * share
+        states = hidden.detach()[row, column]
+        gradient = torch.zeros_like(states)
+        found = torch.zeros(len(items), dtype=torch.float64)
         step = max(1, LOGIT_BYTES // (4 * int(self._model.config.vocab_size)))
-        total = 0.0
-        for at, wanted in zip(torch.split(positions, step), torch.split(labels, step), strict=True):
-            logits = self.logits(leaf, at)
-            wide = logits if logits.dtype == torch.float64 else logits.float()
-            part = nn.functional.cross_entropy(wide, wanted, reduction="sum") / item.targets
+        for first in range(0, len(spots), step):
+            part = slice(first, first + step)
+            leaf = states[part][None].requires_grad_(grad)
+            nll = self._token_losses(leaf, labels[part])
             if grad:
-                torch.autograd.backward(part * item.weight)
-            total += float(part.detach())
-        return total, leaf.grad
+                scale = weight.to(nll)[row[part]]
+                torch.autograd.backward((nll * scale).sum())
+                assert leaf.grad is not None
+                gradient[part] = leaf.grad[0]
+            owners = row[part].cpu()
+            found.index_add_(0, owners, nll.detach().double().cpu() * share[owners])
+        if not grad:
+            return found.tolist(), None
+        out = torch.zeros_like(hidden)
+        out[row, column] = gradient
+        return found.tolist(), out
+
+    def _token_losses(
+        self, states: Float[Tensor, "1 n d"], labels: Int[Tensor, " n"]
+    ) -> Float[Tensor, " n"]:
+        logits = self.logits(states, torch.arange(labels.numel(), device=self.device))
+        wide = logits if logits.dtype == torch.float64 else logits.float()
+        return nn.functional.cross_entropy(wide, labels, reduction="none")

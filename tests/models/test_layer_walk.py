@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from crane_tasks.errors import CheckpointError
+from crane_tasks.models.batches import ONE_BY_ONE
 from crane_tasks.models.checkpoint import Checkpoint
 from crane_tasks.models.gradients import Gradients, GradientWalk, item_losses
 from crane_tasks.models.states import States
@@ -47,12 +48,15 @@ def quiet(done: int, total: int) -> None:
 
 
 def walk(
-    folder: Path, scratch: Path, compute: torch.dtype = torch.float32
+    folder: Path,
+    scratch: Path,
+    compute: torch.dtype = torch.float32,
+    batch_tokens: int | None = None,
 ) -> tuple[Found, GradientWalk]:
     """An undisturbed walk."""
     found: Found = {}
     states = States(scratch)
-    walked = GradientWalk(make_stream(folder, compute), make_items(), states)
+    walked = GradientWalk(make_stream(folder, compute), make_items(), states, batch_tokens)
     walked.run(found.__setitem__, set(), quiet)
     return found, walked
 
@@ -114,12 +118,26 @@ def assert_same_gradients(found: Found, wanted: dict[str, Tensor], name: str, re
 def test_streamed_gradients_are_those_of_the_whole_model(
     tiny_pair: TinyPair, tmp_path: Path, compute: torch.dtype, rel: float
 ) -> None:
-    found, walked = walk(tiny_pair.base, tmp_path, compute)
+    # One by one, as the oracle runs them: the gated delta rule's torch code works in float32
+    # whatever the dtype, so that in a batch its rounding would show at 1e-9.
+    found, walked = walk(tiny_pair.base, tmp_path, compute, ONE_BY_ONE)
     assert list(found) == [None, 1, 0]
     for name, items in make_items().items():
         wanted, losses = whole_model_gradients(tiny_pair.base, items, compute)
         assert walked.losses[name] == pytest.approx(losses, rel=rel)
         assert_same_gradients(found, wanted, name, rel)
+
+
+def test_items_in_padded_batches_have_the_gradients_of_items_one_by_one(
+    tiny_pair: TinyPair, tmp_path: Path
+) -> None:
+    together, walked = walk(tiny_pair.base, tmp_path / "together")
+    apart, alone = walk(tiny_pair.base, tmp_path / "apart", batch_tokens=ONE_BY_ONE)
+    for name in make_items():
+        assert walked.losses[name] == pytest.approx(alone.losses[name], rel=1e-6)
+        for layer, by_set in together.items():
+            for parameter, gradient in by_set[name].items():
+                assert relative(gradient, apart[layer][name][parameter]) < 1e-5
 
 
 def test_a_dense_layer_of_a_sparse_model_is_walked_like_the_others(tmp_path: Path) -> None:
@@ -334,4 +352,4 @@ def test_a_model_that_passes_objects_from_layer_to_layer_is_refused(tiny_pair: T
 
     model.model.layers[0].forward = sharing
     with pytest.raises(CheckpointError, match=r"layer 0 is given shared_states.*not supported"):
-        stream.enter(torch.tensor([3, 4, 5]))
+        stream.enter(torch.tensor([[3, 4, 5]]))

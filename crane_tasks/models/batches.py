@@ -1,0 +1,73 @@
+"""Items of like length run together, padded on the right.
+
+In a causal model no token sees what follows it, in full as in linear attention, so padding
+behind an item changes nothing before it; and as no loss is taken there, its gradients are
+zero. No mask is needed, which keeps the fast path of attention.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+# Tokens of one batch, padding included: enough to fill the device, little enough that one
+# layer's activations stay small beside its weights.
+TOKENS = {"cpu": 2048, "cuda": 16384}
+ONE_BY_ONE = 1  # a limit that puts every item into a batch of its own
+# A batch's shortest item is at least this share of its longest, so padding is bounded.
+LIKE = 0.75
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Padded token ids [B, T] and the items' indices and lengths."""
+
+    ids: Int[Tensor, "B T"]
+    items: tuple[int, ...]
+    lengths: tuple[int, ...]
+
+    def rows(self, parts: Sequence[Tensor], fill: float | bool = 0) -> Tensor:
+        """Per-token tensors of the items, padded: [B, T]."""
+        out = torch.full(tuple(self.ids.shape), fill, dtype=parts[0].dtype)
+        for row, part in enumerate(parts):
+            out[row, : part.numel()] = part
+        return out
+
+
+def token_limit(device: torch.device) -> int:
+    """Tokens of a batch on a kind of device."""
+    return TOKENS["cpu" if device.type == "cpu" else "cuda"]
+
+
+def batched(sequences: Sequence[Tensor], limit: int) -> list[Batch]:
+    """Sequences (token ids [T] each) by length, longest first, in batches of like lengths.
+
+    A batch has at most `limit` tokens, or one item. Depends on the lengths and the limit
+    alone, so a resumed walk sees the same batches.
+    """
+    order = sorted(range(len(sequences)), key=lambda i: (-sequences[i].numel(), i))
+    groups: list[list[int]] = []
+    for index in order:
+        length = sequences[index].numel()
+        if groups:
+            longest = sequences[groups[-1][0]].numel()
+            if length >= LIKE * longest and (len(groups[-1]) + 1) * longest <= limit:
+                groups[-1].append(index)
+                continue
+        groups.append([index])
+    return [_padded(sequences, group) for group in groups]
+
+
+def _padded(sequences: Sequence[Tensor], group: list[int]) -> Batch:
+    lengths = tuple(int(sequences[i].numel()) for i in group)
+    ids = torch.zeros(len(group), lengths[0], dtype=torch.int64)
+    for row, index in enumerate(group):
+        ids[row, : lengths[row]] = sequences[index]
+    return Batch(ids, tuple(group), lengths)
+
+
+def unpadded(batch: Batch, states: Float[Tensor, "B T d"]) -> list[Tensor]:
+    """Each item's own states [t, d]."""
+    return [states[row, :length] for row, length in enumerate(batch.lengths)]
