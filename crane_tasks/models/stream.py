@@ -245,39 +245,32 @@ class LayerStream:
 
         `hidden` is the batch's state after the last layer, an item per row, padded on the
         right. The gradient (None when grad is off) is that of the sum of `item.weight`
-        times the item's loss; the gradients of `outside` accumulate alongside. Head and
-        loss see target tokens alone, so many at a time as `LOGIT_BYTES` allows.
+        times the item's loss; the gradients of `outside` accumulate alongside.
         """
-        grad = torch.is_grad_enabled()
-        spots = [(b, t) for b, i in enumerate(items) for t in range(i.prompt - 1, len(i.ids) - 1)]
-        row, column = torch.tensor(spots, device=self.device).T
-        labels = torch.cat([item.ids[item.prompt :] for item in items]).to(self.device)
-        share = torch.tensor([1.0 / i.targets for i in items], dtype=torch.float64)
-        weight = torch.tensor([i.weight for i in items], dtype=torch.float64) * share
-        states = hidden.detach()[row, column]
-        gradient = torch.zeros_like(states)
-        found = torch.zeros(len(items), dtype=torch.float64)
-        step = max(1, LOGIT_BYTES // (4 * int(self._model.config.vocab_size)))
-        for first in range(0, len(spots), step):
-            part = slice(first, first + step)
-            leaf = states[part][None].requires_grad_(grad)
-            nll = self._token_losses(leaf, labels[part])
-            if grad:
-                scale = weight.to(nll)[row[part]]
-                torch.autograd.backward((nll * scale).sum())
-                assert leaf.grad is not None
-                gradient[part] = leaf.grad[0]
-            owners = row[part].cpu()
-            found.index_add_(0, owners, nll.detach().double().cpu() * share[owners])
-        if not grad:
-            return found.tolist(), None
-        out = torch.zeros_like(hidden)
-        out[row, column] = gradient
-        return found.tolist(), out
+        if not torch.is_grad_enabled():
+            return [self._loss(hidden[row, None], item) for row, item in enumerate(items)], None
+        losses, gradient = [], torch.zeros_like(hidden)
+        for row, item in enumerate(items):
+            leaf = hidden[row, None, : item.ids.numel()].detach().requires_grad_(True)
+            losses.append(self._loss(leaf, item))
+            assert leaf.grad is not None
+            gradient[row, : item.ids.numel()] = leaf.grad[0]
+        return losses, gradient
 
-    def _token_losses(
-        self, states: Float[Tensor, "1 n d"], labels: Int[Tensor, " n"]
-    ) -> Float[Tensor, " n"]:
-        logits = self.logits(states, torch.arange(labels.numel(), device=self.device))
-        wide = logits if logits.dtype == torch.float64 else logits.float()
-        return nn.functional.cross_entropy(wide, labels, reduction="none")
+    def _loss(self, state: Float[Tensor, "1 T d"], item: Item) -> float:
+        """One item's loss; with grad on, `state.grad` takes its weighted gradient.
+
+        Logits are made for so many target tokens at a time as `LOGIT_BYTES` allows.
+        """
+        positions = torch.arange(item.prompt - 1, item.ids.numel() - 1, device=self.device)
+        labels = item.ids.to(self.device)[positions + 1]
+        step = max(1, LOGIT_BYTES // (4 * int(self._model.config.vocab_size)))
+        total = 0.0
+        for at, wanted in zip(torch.split(positions, step), torch.split(labels, step), strict=True):
+            logits = self.logits(state, at)
+            wide = logits if logits.dtype == torch.float64 else logits.float()
+            part = nn.functional.cross_entropy(wide, wanted, reduction="sum") / item.targets
+            if state.requires_grad:
+                torch.autograd.backward(part * item.weight)
+            total += float(part.detach())
+        return total

@@ -25,5 +25,7 @@ def test_every_item_is_in_one_batch_that_keeps_its_limits(lengths: list[int], li
 def test_padding_comes_off_again(lengths: list[int]) -> None:
     sequences = [torch.arange(n) + 1 for n in lengths]
     for batch in batched(sequences, 128):
-        for part, index in zip(unpadded(batch, batch.ids[..., None]), batch.items, strict=True):
+        for part, index in zip(
+            unpadded(batch, batch.ids[..., None].float()), batch.items, strict=True
+        ):
             assert part[:, 0].tolist() == sequences[index].tolist()
