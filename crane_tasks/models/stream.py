@@ -6,6 +6,8 @@ model's own forward is called: each stub records the arguments that its layer wo
 injected, so that embedding, final norm, head and soft-capping stay the library's code.
 """
 
+import math
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -134,19 +136,39 @@ def _stored_shape(checkpoint: Checkpoint, name: str) -> tuple[int, ...] | None:
     return (len(checkpoint.pieces[templates[0]]), sum(s[0] for s in shapes), *shapes[0][1:])
 
 
+def fits(checkpoint: Checkpoint, device: torch.device, compute: torch.dtype) -> bool:
+    """Whether all weights, in `compute` dtype, take at most half of the free memory."""
+    weights = sum(math.prod(entry.shape) for entry in checkpoint.entries.values())
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+    else:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return 2 * weights * compute.itemsize <= free
+
+
 class LayerStream:
     """Runs a checkpoint layer by layer in `compute` dtype on `device`.
+
+    One layer's weights are in memory at a time, unless all of them fit: then they stay once
+    they were loaded (`resident`; by default decided from the free memory).
 
     Attributes:
         outside: parameters outside the layers that take gradients (the final norm).
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, *, device: torch.device, compute: torch.dtype
+        self,
+        checkpoint: Checkpoint,
+        *,
+        device: torch.device,
+        compute: torch.dtype,
+        resident: bool | None = None,
     ) -> None:
         self.checkpoint = checkpoint
         self.device = device
         self.compute = compute
+        self.resident = fits(checkpoint, device, compute) if resident is None else resident
+        self._loaded: set[int] = set()
         self._model = skeleton(checkpoint, compute)
         decoder = self._model.model
         self._layers = list(decoder.layers)
@@ -205,21 +227,30 @@ class LayerStream:
 
     @contextmanager
     def layer(self, index: int, *, grad: bool = False) -> Iterator[nn.Module]:
-        """Layer `index` with its weights in memory, dropped afterwards."""
+        """Layer `index` with its weights in memory; dropped afterwards if not resident."""
         module: nn.Module = self._layers[index]
-        prefix = f"model.layers.{index}."
-        state = {name: self._read(prefix + name) for name, _ in module.named_parameters()}
-        module.load_state_dict(state, assign=True, strict=False)
+        if index not in self._loaded:
+            self._load(index, module)
         module.requires_grad_(grad)
-        del state
         try:
             yield module
         finally:
             module.zero_grad(set_to_none=True)
-            for child in module.modules():
-                for name, parameter in child.named_parameters(recurse=False):
-                    empty = torch.empty_like(parameter, device="meta")
-                    child.register_parameter(name, nn.Parameter(empty, requires_grad=False))
+            if not self.resident:
+                self._drop(index, module)
+
+    def _load(self, index: int, module: nn.Module) -> None:
+        prefix = f"model.layers.{index}."
+        state = {name: self._read(prefix + name) for name, _ in module.named_parameters()}
+        module.load_state_dict(state, assign=True, strict=False)
+        self._loaded.add(index)
+
+    def _drop(self, index: int, module: nn.Module) -> None:
+        for child in module.modules():
+            for name, parameter in child.named_parameters(recurse=False):
+                empty = torch.empty_like(parameter, device="meta")
+                child.register_parameter(name, nn.Parameter(empty, requires_grad=False))
+        self._loaded.discard(index)
 
     def run(self, module: nn.Module, hidden: Tensor, call: LayerCall) -> Tensor:
         """One layer on one batch: state [B, T, d] in, state [B, T, d] out."""

@@ -206,8 +206,10 @@ def test_the_weights_of_the_items_and_not_their_lengths_decide(
             assert relative(found[1][layer]["reasoning"][parameter], gradient) < 1e-6
 
 
-def test_no_layer_keeps_its_weights_after_its_turn(tiny_pair: TinyPair) -> None:
-    stream = make_stream(tiny_pair.base)
+def test_no_streamed_layer_keeps_its_weights_after_its_turn(tiny_pair: TinyPair) -> None:
+    stream = LayerStream(
+        Checkpoint.open(tiny_pair.base), device=CPU, compute=torch.float32, resident=False
+    )
     for index in range(stream.num_layers):
         with stream.layer(index, grad=True) as module:
             assert not any(p.is_meta for p in module.parameters())
@@ -225,6 +227,21 @@ def assert_identical(found: Found, wanted: Found) -> None:
             assert found[layer][name].keys() == gradients.keys()
             for parameter, gradient in gradients.items():
                 assert torch.equal(found[layer][name][parameter], gradient), parameter
+
+
+def test_layers_that_stay_and_layers_that_go_give_the_same_bits(
+    tiny_pair: TinyPair, tmp_path: Path
+) -> None:
+    found: list[Found] = []
+    for resident in (True, False):
+        stream = LayerStream(
+            Checkpoint.open(tiny_pair.base), device=CPU, compute=torch.float32, resident=resident
+        )
+        bits: Found = {}
+        states = States(tmp_path / str(resident))
+        GradientWalk(stream, make_items(), states).run(bits.__setitem__, set(), quiet)
+        found.append(bits)
+    assert_identical(found[0], found[1])
 
 
 def killed_walk(
