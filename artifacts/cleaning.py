@@ -4,7 +4,8 @@ import fcntl
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -71,32 +72,45 @@ def verify_all(
     return {"checked": len(paths), "damaged": damaged, "set_aside": set_aside and bool(damaged)}
 
 
-def _abandoned(draft: Path) -> bool:
-    """Whether no living process holds the draft's lock."""
+@contextmanager
+def _unowned(draft: Path) -> Iterator[bool]:
+    """Whether no living process makes the draft; none can begin to within the block."""
     lock = draft.with_name(draft.name.replace(".draft-", ".lock-"))
     with lock.open("w") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            return False
-    return True
+            yield False
+        else:
+            yield True
 
 
 def collect_garbage(
     store: Store, *, older_than_days: float | None, dry_run: bool
 ) -> dict[str, Any]:
     """Remove abandoned drafts and damaged artifacts; with an age, artifacts unused so long."""
-    doomed = [p for p in store.root.glob("*/.draft-*") if _abandoned(p)]
-    doomed += list(store.root.glob("*/.damaged-*"))
+    removed: list[str] = []
+    freed = 0
+
+    def remove(path: Path) -> None:
+        nonlocal freed
+        removed.append(f"{path.parent.name}/{path.name}")
+        freed += size_of(path)
+        if not dry_run:
+            shutil.rmtree(path)
+
+    for draft in sorted(store.root.glob("*/.draft-*")):
+        with _unowned(draft) as free:
+            if free:
+                remove(draft)
+    for damaged in sorted(store.root.glob("*/.damaged-*")):
+        remove(damaged)
     if older_than_days is not None:
         limit = time.time() - older_than_days * DAY
-        doomed += [p for p in store.artifacts() if (p / MANIFEST).stat().st_mtime < limit]
-    freed = sum(size_of(p) for p in doomed)
-    if not dry_run:
-        for path in doomed:
-            shutil.rmtree(path)
-    names = [f"{p.parent.name}/{p.name}" for p in doomed]
-    return {"removed": names, "bytes": freed, "dry_run": dry_run}
+        for path in store.artifacts():
+            if (path / MANIFEST).stat().st_mtime < limit:
+                remove(path)
+    return {"removed": removed, "bytes": freed, "dry_run": dry_run}
 
 
 def nearest(store: Store, stage: str, identity: dict[str, Any]) -> dict[str, Any] | None:

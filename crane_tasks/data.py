@@ -69,7 +69,7 @@ def load_rows(recipe: Recipe, value: str) -> Rows:
 def _read_file(file: Path) -> list[dict[str, Any]]:
     import datasets
 
-    kind = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}.get(file.suffix)
+    kind = {".jsonl": "json", ".parquet": "parquet"}.get(file.suffix)
     if kind is None:
         raise DataError(f"{file}: data is JSONL or Parquet, not '{file.suffix}'")
     if kind == "json":
@@ -90,6 +90,8 @@ def _read_file(file: Path) -> list[dict[str, Any]]:
 
 def _check_lines(file: Path) -> None:
     """Name the line that is no JSON object: the loader's own message does not."""
+    if file.stat().st_size == 0:
+        raise DataError(f"{file}: holds no rows")
     with file.open("rb") as stream:
         for number, line in enumerate(stream, start=1):
             try:

@@ -79,9 +79,9 @@ class Editor:
         intended = self._intended(slot, expert, weight, delta, first)
         name = slot.tensor_name(expert)
         offset = first * (base.numel() // max(1, base.shape[0])) if base.dim() else 0
-        return Edited(
-            base, self._rounded(weight + intended, base.dtype, name, offset), delta, intended
-        )
+        rounded = self._rounded(weight + intended, base.dtype, name, offset)
+        # Without an edit the base's own bits: the sum would turn a minus zero into a zero.
+        return Edited(base, torch.where(intended == 0, base, rounded), delta, intended)
 
     def _intended(
         self, slot: Slot, expert: int, weight: Tensor, delta: Tensor, first: int

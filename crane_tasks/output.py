@@ -75,8 +75,7 @@ def shard_plan(base: Checkpoint, shard_size: int | str | None) -> list[Shard]:
 
 def write_index(base: Checkpoint, plan: list[Shard], folder: Path) -> None:
     """The index of the plan: the base's own, byte for byte, where the plan is the base's."""
-    own = [file.name for file in base.files]
-    if [s.file for s in plan] == own:
+    if plan == shard_plan(base, None):
         if (base.folder / INDEX).exists():
             shutil.copyfile(base.folder / INDEX, folder / INDEX)
         return
@@ -167,12 +166,11 @@ def publish(draft: Path, folder: Path) -> None:
             with file.open("rb+") as stream:
                 os.fsync(stream.fileno())
     sync_folder(draft)
+    old = folder.with_name(f".{folder.name}.replaced")
     if folder.exists():
-        old = folder.with_name(f".{folder.name}.replaced")
         shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
-        draft.rename(folder)
-        shutil.rmtree(old)
-    else:
-        draft.rename(folder)
+    draft.rename(folder)
     sync_folder(folder.parent)
+    # Also what a kill between the two renames of an earlier run has left.
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,318 @@
+"""Calibration data: which rows are refused, which tokens are targets, which are format."""
+
+import json
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import hypothesis.strategies as st
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+from conftest import TinyPair
+from hypothesis import given
+
+from artifacts.store import Store
+from crane_tasks.behaviour import final_answer, tool_calls
+from crane_tasks.calibration import (
+    build_targets,
+    calibration_refs,
+    check_format,
+    check_targets,
+    format_mask,
+    read_set,
+)
+from crane_tasks.check import load_tokenizer
+from crane_tasks.context import Context, make_context
+from crane_tasks.data import Rows as DataRows
+from crane_tasks.data import load_rows
+from crane_tasks.edit import row_factors
+from crane_tasks.errors import DataError, RecipeError
+from crane_tasks.recipe import LmHead, Rows
+
+Pairs = Callable[[str], TinyPair]
+USER = {"role": "user", "content": "hi"}
+
+
+@given(
+    text=st.text("ab<>", max_size=30),
+    cuts=st.lists(st.integers(0, 30), max_size=12),
+    twice=st.lists(st.booleans(), min_size=14, max_size=14),
+    patterns=st.lists(st.text("ab<>", min_size=1, max_size=4), min_size=1, max_size=3),
+    radius=st.integers(0, 3),
+)
+def test_the_format_mask_is_what_a_walk_over_all_characters_finds(
+    text: str, cuts: list[int], twice: list[bool], patterns: list[str], radius: int
+) -> None:
+    edges = sorted({0, len(text), *(c for c in cuts if c < len(text))})
+    tokens: list[tuple[int, int]] = []
+    for span, again in zip(pairwise(edges), twice, strict=False):
+        tokens += [span] * (1 + again)  # one character may take several tokens
+    inside = [False] * len(text)
+    for pattern in patterns:
+        for at in range(len(text)):
+            if text.startswith(pattern, at):
+                inside[at : at + len(pattern)] = [True] * len(pattern)
+    hits = [i for i, (start, end) in enumerate(tokens) if any(inside[start:end])]
+    wanted = [any(abs(i - hit) <= radius for hit in hits) for i in range(len(tokens))]
+    assert format_mask(text, tokens, patterns, radius).tolist() == wanted
+
+
+def call(name: str = "f", arguments: str = '{"x": 1}') -> str:
+    """One call in the protocol's words."""
+    return f'<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>'
+
+
+ONE = {"name": "f", "arguments": {"x": 1}}
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        (call(), [ONE]),
+        ("Let me look.\n" + call(), [ONE]),
+        (call() + "\n" + call("g", "{}"), [ONE, {"name": "g", "arguments": {}}]),
+        (call("f", '{"x": {"y": [1, "</b>"]}}'), [{"name": "f", "arguments":
+                                                   {"x": {"y": [1, "</b>"]}}}]),
+        ('<tool_call>{"name": "f", "arguments": {"x": 1}, "id": 3}</tool_call>', [ONE]),
+        ("no call", None),
+        ("", None),
+        ("<tool_call></tool_call>", None),
+        ("<tool_call>" + call(), None),
+        (call() + "</tool_call>", None),
+        (call().replace("</tool_call>", ""), None),
+        (call().replace("<tool_call>", ""), None),
+        ("</tool_call>" + call().replace("</tool_call>", ""), None),
+        (call("f", "[1]"), None),
+        (call("f", '"{}"'), None),
+        (call("f", '{"x": }'), None),
+        ('<tool_call>{"name": 3, "arguments": {}}</tool_call>', None),
+        ('<tool_call>{"arguments": {}}</tool_call>', None),
+        ('<tool_call>{"name": "f"}</tool_call>', None),
+        ('<tool_call>[{"name": "f", "arguments": {}}]</tool_call>', None),
+        (call() + "<tool_call>oops</tool_call>", None),
+        ("<think>which?</think>" + call(), None),
+        (call() + "</think>", None),
+    ],
+)  # fmt: skip
+def test_tool_calls_are_read_only_from_a_well_formed_answer(
+    text: str, wanted: list[dict[str, Any]] | None
+) -> None:
+    assert tool_calls(text) == wanted
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [("<think>3+1</think>\n4\n", "4"), ("4", "4"), ("<think>a</think>b</think> c", "c"),
+     ("<think>never ends", "<think>never ends"), ("x</think>", "")],
+)  # fmt: skip
+def test_the_final_answer_stands_behind_the_thinking(text: str, wanted: str) -> None:
+    assert final_answer(text) == wanted
+
+
+@pytest.fixture(scope="module")
+def tokenizer(pairs: Pairs) -> Any:
+    """The tiny tokenizer: 3 special tokens, 6 added ones from 3 on, 320 rows."""
+    return load_tokenizer(pairs("qwen3").base)
+
+
+def test_every_row_moves_by_the_scale_but_special_tokens_stay(tokenizer: Any) -> None:
+    factors = row_factors(LmHead(), 320, tokenizer, "merge.lm_head")
+    assert factors.shape == (320,)
+    assert factors[:3].tolist() == [0, 0, 0]
+    assert torch.equal(factors[3:], torch.full((317,), 0.03))
+
+
+def test_special_tokens_move_too_if_they_are_not_kept(tokenizer: Any) -> None:
+    factors = row_factors(Rows(scale=0.5, keep_special=False), 320, tokenizer, "x")
+    assert torch.equal(factors, torch.full((320,), 0.5))
+
+
+def test_a_named_row_wins_over_scale_and_over_keeping(tokenizer: Any) -> None:
+    rows = Rows(scale=0.1, rows={"<think>": 0.8, "<|im_end|>": 0.2, "</think>": 0.0})
+    factors = row_factors(rows, 320, tokenizer, "x")
+    names = ["<think>", "</think>", "<|im_end|>", "<|im_start|>", "<tool_call>"]
+    found = factors[tokenizer.convert_tokens_to_ids(names)]
+    assert torch.equal(found, torch.tensor([0.8, 0.0, 0.2, 0.0, 0.1]))
+
+
+def test_unknown_row_tokens_are_all_named(tokenizer: Any) -> None:
+    rows = Rows(rows={"<thnik>": 0.8, "<think>": 0.8, "two words": 1.0})
+    with pytest.raises(RecipeError, match=r"merge\.embedding\.rows.*'<thnik>', 'two words'"):
+        row_factors(rows, 320, tokenizer, "merge.embedding")
+
+
+class Desk:
+    """A pair to whose data rows can be given."""
+
+    def __init__(self, pair: TinyPair, folder: Path) -> None:
+        self.pair, self.folder = pair.copy(folder / "pair"), folder
+
+    def rows(self, text: str, name: str = "own.jsonl") -> DataRows:
+        """The rows of a file with this text."""
+        (self.pair.folder / name).write_text(text)
+        return load_rows(self.pair.recipe(), name)
+
+    def context(self, *assignments: str) -> Context:
+        """A context over a fresh store."""
+        store = Store(self.folder / "store")
+        store.prepare()
+        return make_context(self.pair.recipe(*assignments), store)
+
+
+@pytest.fixture
+def desk(pairs: Pairs, tmp_path: Path) -> Desk:
+    """A dense pair, copied."""
+    return Desk(pairs("qwen3"), tmp_path)
+
+
+def lines(*rows: Any) -> str:
+    """Rows as JSON lines."""
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+GOOD = {"messages": [USER], "completion": "yes"}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (lines(GOOD, GOOD) + '{"messages": [\n' + lines(GOOD), r"own\.jsonl line 3: not JSON"),
+        (lines(GOOD) + "\n" + lines(GOOD), r"own\.jsonl line 2: not JSON"),
+        (lines(GOOD, [1]), r"own\.jsonl line 2: not a JSON object"),
+        (lines(GOOD, {"prompt": "hi"}), r"own\.jsonl line 2: needs `messages`"),
+        (lines(GOOD, {"messages": []}), r"own\.jsonl line 2: needs `messages`"),
+        (lines(GOOD, {"messages": [{"content": "x"}]}), r"own\.jsonl line 2: .*role"),
+        (lines({"messages": [{"role": "user", "content": 3}]}), r"own\.jsonl line 1: .*content"),
+        (lines({"messages": [USER], "completion": 3}), r"own\.jsonl line 1: `completion` is text"),
+        ("", r"own\.jsonl: (holds no rows|cannot be read)"),
+    ],
+)
+def test_a_broken_row_is_refused_by_its_line(text: str, message: str, desk: Desk) -> None:
+    with pytest.raises(DataError, match=message):
+        desk.rows(text)
+
+
+def test_an_absent_or_foreign_file_is_refused(desk: Desk) -> None:
+    with pytest.raises(DataError, match=r"nowhere\.jsonl: no such data file"):
+        load_rows(desk.pair.recipe(), "nowhere.jsonl")
+    with pytest.raises(DataError, match=r"sub/nowhere\.jsonl: no such data file"):
+        load_rows(desk.pair.recipe(), "sub/nowhere.jsonl")
+    with pytest.raises(DataError, match="JSONL or Parquet"):
+        desk.rows("messages", "own.csv")
+
+
+def test_rows_of_unlike_tools_keep_their_own_fields(desk: Desk) -> None:
+    def tool(name: str) -> dict[str, Any]:
+        inner = {"type": "object", "properties": {name: {"type": "integer"}}}
+        return {"type": "function", "function": {"name": name, "parameters": inner}}
+
+    rows = [{"messages": [USER], "tools": [tool("x")]}, {"messages": [USER], "tools": [tool("y")]},
+            {"messages": [USER]}]  # fmt: skip
+    found = desk.rows(lines(*rows)).rows
+    assert [row.tools for row in found] == [[tool("x")], [tool("y")], None]
+    assert [row.messages for row in found] == [[USER]] * 3
+
+
+def test_parquet_and_json_lines_of_the_same_rows_are_the_same(desk: Desk) -> None:
+    rows = [GOOD, {"messages": [USER, {"role": "assistant", "content": "a"}, USER],
+                   "completion": "no"}]  # fmt: skip
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), desk.pair.folder / "own.parquet")
+    assert load_rows(desk.pair.recipe(), "own.parquet").digest == desk.rows(lines(*rows)).digest
+
+
+def test_a_prompt_that_leaves_no_room_for_a_target_is_refused(desk: Desk) -> None:
+    rows = desk.rows(lines(GOOD, {"messages": [{"role": "user", "content": "long " * 30}]}))
+    section = desk.pair.recipe("calibration.agent.max_length=100").calibration.agent
+    with pytest.raises(DataError, match=r"line 2: the prompt has \d+ tokens, max_length is 100"):
+        check_targets(load_tokenizer(desk.pair.base), section, rows)
+
+
+@pytest.mark.parametrize("completion", ["", " \n"])
+def test_an_empty_completion_is_refused(completion: str, desk: Desk) -> None:
+    rows = desk.rows(lines(GOOD, {"messages": [USER], "completion": completion}))
+    section = desk.pair.recipe().calibration.reasoning
+    with pytest.raises(DataError, match="line 2: `completion` is empty"):
+        check_targets(load_tokenizer(desk.pair.base), section, rows)
+
+
+def test_a_prompt_that_ends_with_an_answer_is_refused(desk: Desk) -> None:
+    rows = desk.rows(lines({"messages": [USER, {"role": "assistant", "content": "a"}]}))
+    with pytest.raises(DataError, match="ends with the assistant's turn"):
+        check_targets(load_tokenizer(desk.pair.base), desk.pair.recipe().calibration.agent, rows)
+
+
+def test_a_given_target_is_its_tokens_and_the_end(desk: Desk) -> None:
+    desk.rows(lines(GOOD, {**GOOD, "completion": "<think>a</think>b"}), "reasoning.jsonl")
+    ctx = desk.context()
+    ref = calibration_refs(ctx).reasoning
+    build_targets(ctx, ctx.recipe.calibration.reasoning, ref)
+    found = read_set(ctx.store.open(ref))
+    tokenizer = load_tokenizer(ctx.base)
+    prompt = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    texts = [tokenizer.decode(ids) for ids in found.sequences]
+    assert texts == [prompt + "yes<|im_end|>", prompt + "<think>a</think>b<|im_end|>"]
+    assert found.target_lengths == [4, 5]
+    assert [item.weight for item in found.items()] == [0.5, 0.5]
+    assert found.places == ["reasoning.jsonl line 1", "reasoning.jsonl line 2"]
+
+
+def test_a_long_target_is_cut_and_its_prompt_never(desk: Desk) -> None:
+    desk.rows(lines({**GOOD, "completion": "y" * 500}), "agent.jsonl")
+    ctx = desk.context("calibration.agent.max_length=40")
+    ref = calibration_refs(ctx).agent
+    build_targets(ctx, ctx.recipe.calibration.agent, ref)
+    found = read_set(ctx.store.open(ref))
+    text = load_tokenizer(ctx.base).decode(found.sequences[0])
+    prompt = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    assert found.sequences[0].numel() == 40
+    assert text == prompt + "y" * found.target_lengths[0]
+
+
+@pytest.mark.parametrize("targets", ["donor", "base"])
+def test_a_row_without_completion_is_continued_greedily(targets: str, desk: Desk) -> None:
+    from transformers import AutoModelForCausalLM
+
+    prompts = [{"messages": [{"role": "user", "content": "a" * n}]} for n in (1, 9, 4)]
+    desk.rows(lines(prompts[0], GOOD, *prompts[1:]), "reasoning.jsonl")
+    ctx = desk.context(
+        f"calibration.reasoning.targets={targets}", "calibration.reasoning.max_new_tokens=5"
+    )
+    ref = calibration_refs(ctx).reasoning
+    build_targets(ctx, ctx.recipe.calibration.reasoning, ref)
+    found = read_set(ctx.store.open(ref))
+    folder = desk.pair.donor if targets == "donor" else desk.pair.base
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    assert found.target_lengths[1] == 4
+    for index in (0, 2, 3):
+        length = found.target_lengths[index]
+        ids = found.sequences[index].tolist()
+        prompt, target = ids[: len(ids) - length], ids[len(ids) - length :]
+        greedy = list(prompt)
+        while len(greedy) < len(ids):
+            with torch.no_grad():
+                logits = model(torch.tensor([greedy]), use_cache=False).logits
+            greedy.append(int(logits[0, -1].argmax()))
+        assert greedy[len(prompt) :] == target
+        assert length == 5 or target[-1] == 2
+
+
+def test_who_decodes_is_an_input_only_if_something_is_decoded(desk: Desk) -> None:
+    def keys() -> set[str]:
+        return {
+            calibration_refs(desk.context(f"calibration.reasoning.targets={t}")).reasoning.key
+            for t in ("donor", "base")
+        }
+
+    assert len(keys()) == 1
+    desk.rows(lines(GOOD, {"messages": [USER]}), "reasoning.jsonl")
+    assert len(keys()) == 2
+
+
+def test_format_rows_without_any_pattern_are_refused(desk: Desk) -> None:
+    ctx = desk.context("calibration.format.patterns=['<nowhere>']")
+    ref = calibration_refs(ctx).format
+    with pytest.raises(DataError, match=r"format\.jsonl: no row holds any .*<nowhere>"):
+        check_format(ctx, ctx.recipe.calibration.format, ref)
