@@ -191,8 +191,10 @@ def scores(
             loaded, place, call=view.timed, progress=view.progress, notice=view.notice
         )
         if as_json:
+            table = scores_json(found)
+            # As in `merge --json` under "scores", and directly, as the object asked for.
             stages = [stage_json(b) for b in built]
-            _print_json({"name": loaded.name, "stages": stages, **scores_json(found)})
+            _print_json({"name": loaded.name, "stages": stages, "scores": table, **table})
         else:
             view.scores(found)
 
