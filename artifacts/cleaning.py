@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from artifacts.errors import DamagedArtifact, StoreError
-from artifacts.store import MANIFEST, Store
+from artifacts.store import MANIFEST, OUTSIDE, Store
 
 DAY = 86_400.0
 
@@ -85,6 +85,15 @@ def _unowned(draft: Path) -> Iterator[bool]:
             yield True
 
 
+def _remove_outside(draft: Path, *, dry_run: bool) -> None:
+    """Remove the folder outside the store that a draft has noted as its own."""
+    note = draft / OUTSIDE
+    folder = Path(note.read_text()) if note.exists() else None
+    # Its name must end as the draft's does: nothing else is ever removed.
+    if folder and folder.name.endswith(draft.name.removeprefix(".")) and not dry_run:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def collect_garbage(
     store: Store, *, older_than_days: float | None, dry_run: bool
 ) -> dict[str, Any]:
@@ -102,6 +111,7 @@ def collect_garbage(
     for draft in sorted(store.root.glob("*/.draft-*")):
         with _unowned(draft) as free:
             if free:
+                _remove_outside(draft, dry_run=dry_run)
                 remove(draft)
     for damaged in sorted(store.root.glob("*/.damaged-*")):
         remove(damaged)

@@ -7,6 +7,10 @@ class StoreError(Exception):
     """The store cannot be used, or was asked for something that it does not hold."""
 
 
+class UnusableStore(StoreError):
+    """The folder given as a store cannot be one."""
+
+
 class DamagedArtifact(StoreError):
     """A finished artifact's files are not what its manifest says."""
 

@@ -9,6 +9,7 @@ A unit is recorded in the draft's `units.jsonl` only after its arrays are on dis
 without its line does not exist. The manifest is written last, then the draft is renamed.
 """
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -25,14 +26,14 @@ import torch
 import zarr
 from torch import Tensor
 
-from artifacts.errors import DamagedArtifact, StoreError
-from artifacts.ref import Ref
+from artifacts.errors import DamagedArtifact, StoreError, UnusableStore
+from artifacts.ref import Ref, digest_of
 from artifacts.schema import Schema
 from artifacts.tensors import (
     ArrayWriter,
-    ChunkRecord,
     check_chunks,
     create_array,
+    metadata_digest,
     read_array,
     record_chunks,
 )
@@ -40,11 +41,14 @@ from artifacts.tensors import (
 FORMAT = 1
 MANIFEST = "manifest.json"
 DATA = "data.zarr"
+SCRATCH = "scratch"
+OUTSIDE = "outside.txt"
 
 
 def write_atomically(file: Path, text: str) -> None:
     """Write a small file so that it is there whole or not at all, also after a power cut."""
-    part = file.with_name(f".{file.name}.part")
+    # A name of its own: two processes may write the same file at once.
+    part = file.with_name(f".{file.name}.{os.getpid()}.part")
     with part.open("w") as stream:
         stream.write(text)
         stream.flush()
@@ -107,7 +111,11 @@ class Unit:
         return {
             "unit": self.name,
             "arrays": {
-                name: {"dtype": dtype, "chunks": record_chunks(folder / name)}
+                name: {
+                    "dtype": dtype,
+                    "metadata": metadata_digest(folder / name),
+                    "chunks": record_chunks(folder / name),
+                }
                 for name, dtype in self._arrays.items()
             },
             "meta": self.meta,
@@ -148,9 +156,13 @@ class Draft:
     @property
     def scratch(self) -> Path:
         """A folder for what a resumed attempt needs; gone when the artifact is done."""
-        folder = self.path / "scratch"
+        folder = self.path / SCRATCH
         folder.mkdir(exist_ok=True)
         return folder
+
+    def belongs(self, folder: Path) -> None:
+        """Note a folder outside the store that is of no use without this draft."""
+        write_atomically(self.path / OUTSIDE, str(folder))
 
     @contextmanager
     def unit(self, name: str) -> Iterator[Unit]:
@@ -220,17 +232,20 @@ class Artifact:
     def _open(self, unit: str, name: str) -> tuple[Any, dict[str, Any]]:
         path = f"{unit}/{name}"
         try:
-            record: ChunkRecord = self.manifest["units"][unit]["arrays"][name]["chunks"]
+            record = self.manifest["units"][unit]["arrays"][name]
         except KeyError:
             raise StoreError(f"{self.path}: holds no array {path}") from None
         if path not in self._checked:
-            check_chunks(self.path / DATA / path, record)
+            folder = self.path / DATA / path
+            if metadata_digest(folder) != record["metadata"]:
+                raise DamagedArtifact(folder, "its metadata is not what was written")
+            check_chunks(folder, record["chunks"])
             self._checked.add(path)
         try:
             if self._root is None:
                 self._root = zarr.open_group(self.path / DATA, mode="r")
             array = self._root[path]
-        except (KeyError, ValueError, OSError) as error:
+        except (KeyError, ValueError, FileNotFoundError) as error:
             raise DamagedArtifact(self.path / DATA / path, "its metadata is unreadable") from error
         return array, dict(array.attrs)
 
@@ -250,12 +265,14 @@ class Store:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        # Hears when a run must wait for another; a command puts its own notice here.
+        self.waiting: Callable[[str], None] = lambda text: None
 
     def prepare(self) -> None:
         """Create the store's folder.
 
         Raises:
-            StoreError: it cannot be created or written, or has another format.
+            UnusableStore: it cannot be created or written, or has another format.
         """
         marker = self.root / "crane-store.json"
         try:
@@ -264,9 +281,9 @@ class Store:
                 write_atomically(marker, json.dumps({"format": FORMAT}) + "\n")
             found = json.loads(marker.read_text())
         except (OSError, ValueError) as error:
-            raise StoreError(f"{self.root}: cannot be used as a store: {error}") from error
+            raise UnusableStore(f"{self.root}: cannot be used as a store: {error}") from error
         if found.get("format") != FORMAT:
-            raise StoreError(f"{self.root}: store format {found.get('format')}, not {FORMAT}")
+            raise UnusableStore(f"{self.root}: store format {found.get('format')}, not {FORMAT}")
 
     def path(self, ref: Ref) -> Path:
         return self.root / ref.stage / ref.key
@@ -280,6 +297,11 @@ class Store:
         log = self.root / ref.stage / f".draft-{ref.key}" / "units.jsonl"
         return log.exists() and log.stat().st_size > 0
 
+    def drafted_bytes(self, ref: Ref) -> int:
+        """Bytes that an interrupted attempt has written."""
+        draft = self.root / ref.stage / f".draft-{ref.key}"
+        return sum(p.stat().st_size for p in draft.rglob("*") if p.is_file())
+
     def open(self, ref: Ref) -> Artifact:
         """A finished artifact.
 
@@ -292,16 +314,18 @@ class Store:
     def open_path(self, path: Path) -> Artifact:
         try:
             manifest = json.loads((path / MANIFEST).read_text())
-            manifest["units"], manifest["meta"], manifest["stage"]
+            written = manifest.pop("digest")
         except FileNotFoundError:
             raise StoreError(f"{path}: no such artifact") from None
-        except (ValueError, KeyError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise DamagedArtifact(path, "its manifest is unreadable") from error
+        if digest_of(manifest) != written:
+            raise DamagedArtifact(path, "its manifest is not what was written")
         return Artifact(path, manifest)
 
     @contextmanager
-    def locked(self, ref: Ref, waiting: Callable[[], None]) -> Iterator[None]:
-        """Hold the artifact's lock; `waiting` is called once if another run has it.
+    def locked(self, ref: Ref) -> Iterator[None]:
+        """Hold the artifact's lock; `self.waiting` hears of it if another run has it.
 
         A kernel lock: it ends with its owner, however that died.
         """
@@ -313,7 +337,7 @@ class Store:
             except OSError as error:
                 if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
                     raise
-                waiting()
+                self.waiting(f"Another run computes {ref.stage} {ref.key}: waiting for it.")
                 fcntl.flock(stream, fcntl.LOCK_EX)
             yield
 
@@ -322,18 +346,19 @@ class Store:
         ref: Ref,
         schema: Schema,
         write: Callable[[Draft], None],
-        waiting: Callable[[], None] = lambda: None,
+        complete: Callable[[], bool] = lambda: True,
     ) -> Built:
         """The artifact of `ref`, made by `write` unless it is there already.
 
         Two runs that want the same one: the second waits and reuses. After a kill the
-        next run keeps the finished units of the draft.
+        next run keeps the finished units of the draft. `complete` tells whether what
+        `write` makes outside the store is there too; if not, it is called again.
         """
         start = time.monotonic()
         final = self.path(ref)
-        if not self.has(ref):
-            with self.locked(ref, waiting):
-                if not self.has(ref):
+        if not (self.has(ref) and complete()):
+            with self.locked(ref):
+                if not (self.has(ref) and complete()):
                     kept = self._make(ref, schema, write)
                     status = "resumed" if kept else "computed"
                     return Built(ref, status, time.monotonic() - start, final)
@@ -342,11 +367,8 @@ class Store:
 
     def _make(self, ref: Ref, schema: Schema, write: Callable[[Draft], None]) -> int:
         final = self.path(ref)
-        if final.exists():
-            self.set_aside(final)  # without a manifest: what an interrupted removal left
         draft = Draft(final.with_name(f".draft-{ref.key}"), schema)
         write(draft)
-        shutil.rmtree(draft.path / "scratch", ignore_errors=True)
         manifest = {
             "format": FORMAT,
             **ref.identity(),
@@ -358,11 +380,21 @@ class Store:
                 for name, record in draft.units.items()
             },
         }
+        # Through JSON and back: the digest is that of what a reader will see.
+        manifest = json.loads(json.dumps(manifest))
+        manifest["digest"] = digest_of(manifest)
         write_atomically(draft.path / MANIFEST, json.dumps(manifest))
+        if self.has(ref):
+            # Only what lies outside the store was missing; others may be reading this one.
+            shutil.rmtree(draft.path)
+            return draft.kept
+        if final.exists():
+            self.set_aside(final)  # without a manifest: what an interrupted removal left
         os.rename(draft.path, final)
         sync_folder(final.parent)
-        # Last: a kill before the rename must leave a draft that knows its units.
+        # Last: a kill before the rename must leave a draft that can be resumed.
         (final / "units.jsonl").unlink(missing_ok=True)
+        shutil.rmtree(final / SCRATCH, ignore_errors=True)
         return draft.kept
 
     def set_aside(self, path: Path) -> Path:
@@ -376,12 +408,9 @@ class Store:
             raise StoreError(f"{path}: lies in no artifact of {self.root}")
         artifact = self.root.joinpath(*relative)
         aside = artifact.with_name(f".damaged-{relative[1]}-{time.time_ns()}")
-        os.rename(artifact, aside)
+        with contextlib.suppress(FileNotFoundError):  # another run has set it aside
+            os.rename(artifact, aside)
         return aside
-
-    def discard(self, ref: Ref) -> None:
-        """Forget a finished artifact, so that it is made anew."""
-        shutil.rmtree(self.path(ref), ignore_errors=True)
 
     def artifacts(self, stage: str | None = None) -> list[Path]:
         """The folders of all finished artifacts, or those of one stage."""

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 import zarr
+from blake3 import blake3
 from torch import Tensor
 from zarr.codecs import BytesCodec, Crc32cCodec
 
@@ -105,6 +106,14 @@ def chunk_files(folder: Path) -> list[Path]:
     return sorted(p for p in chunks.rglob("*") if p.is_file())
 
 
+def metadata_digest(folder: Path) -> str:
+    """blake3 of an array's zarr.json: its shape, dtype and attributes; "" if it is missing."""
+    try:
+        return blake3((folder / "zarr.json").read_bytes()).hexdigest()
+    except FileNotFoundError:
+        return ""
+
+
 def _trailing_crc(file: Path) -> str:
     with file.open("rb") as stream:
         stream.seek(-CRC_BYTES, os.SEEK_END)
@@ -150,7 +159,7 @@ def read_array(array: "zarr.Array[Any]", folder: Path, index: Any) -> Tensor:
     try:
         # Not ascontiguousarray, which gives a scalar an axis.
         data = np.asarray(array[index], order="C")
-    except (ValueError, OSError) as error:
+    except (ValueError, FileNotFoundError) as error:
         raise DamagedArtifact(folder, str(error)) from error
     if not data.flags.writeable:
         data = data.copy()

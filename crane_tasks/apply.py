@@ -23,12 +23,12 @@ from crane_tasks.card import Facts, model_card, published_name
 from crane_tasks.check import load_tokenizer
 from crane_tasks.context import Context
 from crane_tasks.edit import Edited, Editor, row_factors
-from crane_tasks.models.checkpoint import Checkpoint
+from crane_tasks.errors import RecipeError
+from crane_tasks.models.checkpoint import CARD, Checkpoint
 from crane_tasks.models.layout import Slot
 from crane_tasks.models.safetensors_io import DTYPES, Entry, ShardWriter, read_rows
 from crane_tasks.numerics.merge import EditSums, edit_sums
 from crane_tasks.output import (
-    CARD,
     PROVENANCE,
     RECIPE_COPY,
     Shard,
@@ -73,7 +73,12 @@ def apply_ref(ctx: Context, inputs: Inputs) -> Ref:
         "merge": recipe.merge.model_dump(mode="json"),
     }
     keys = {f.name: getattr(inputs, f.name).key for f in fields(Inputs)}
-    return Ref(STAGE, VERSION, config, {"base": ctx.base_id, "tokenizer": ctx.tokenizer_id, **keys})
+    inputs_of_base = {
+        "base": ctx.base_id,
+        "tokenizer": ctx.tokenizer_id,
+        "side_files": ctx.side_files_id,
+    }
+    return Ref(STAGE, VERSION, config, {**inputs_of_base, **keys})
 
 
 def check_destination(ctx: Context, ref: Ref, *, force: bool) -> bool:
@@ -85,6 +90,27 @@ def check_destination(ctx: Context, ref: Ref, *, force: bool) -> bool:
     places = {"base": ctx.base, "donor": ctx.donor, "store": ctx.store.root.resolve()}
     check_output(ctx.output, places, key=ref.key, force=force)
     return holds(ctx.output, ref.key, shard_plan(ctx.pair().base, ctx.recipe.run.shard_size))
+
+
+def check_baseline(ctx: Context) -> None:
+    """The baseline that the recipe names is there in every layer.
+
+    Raises:
+        RecipeError: it is not, so nothing could be divided by it.
+    """
+    baseline = ctx.recipe.gate.baseline
+    if baseline == "auto":
+        return
+    layers = [(layer, slots) for layer, slots in ctx.pair().base.layers() if layer is not None]
+    lacking = [
+        layer for layer, slots in layers if baseline not in {slot.component for slot in slots}
+    ]
+    if lacking:
+        found = sorted({slot.component for _, slots in layers for slot in slots})
+        raise RecipeError(
+            f"gate.baseline: layer {lacking[0]} has no '{baseline}'. Components of this model: "
+            f"{', '.join(found)}."
+        )
 
 
 def check_rows(ctx: Context) -> None:
@@ -100,14 +126,14 @@ def check_rows(ctx: Context) -> None:
 
 def build_apply(ctx: Context, ref: Ref, inputs: Inputs, *, force: bool = False) -> Built:
     """Make or find the merged checkpoint. Reused only if the output folder still holds it."""
-    if not check_destination(ctx, ref, force=force) and ctx.store.has(ref):
-        # The record without the checkpoint: the output was moved, deleted or never here.
-        ctx.store.discard(ref)
+    check_destination(ctx, ref, force=force)
+    plan = shard_plan(ctx.pair().base, ctx.recipe.run.shard_size)
 
     def write(draft: Draft) -> None:
         write_apply(ctx, ref, inputs, draft, force=force)
 
-    return ctx.store.build(ref, SCHEMA, write)
+    # The record alone is not enough: the output may be elsewhere, moved or deleted.
+    return ctx.store.build(ref, SCHEMA, write, complete=lambda: holds(ctx.output, ref.key, plan))
 
 
 def write_apply(
@@ -118,6 +144,7 @@ def write_apply(
     plan = shard_plan(base, ctx.recipe.run.shard_size)
     folder = ctx.output.with_name(f".{ctx.output.name}.draft-{ref.key}")
     folder.mkdir(parents=True, exist_ok=True)
+    draft.belongs(folder)
     editor = make_editor(ctx, inputs)
     gradients = ctx.store.open(inputs.scores)
     units = shard_units(plan)
@@ -199,6 +226,7 @@ def _write_shard(
                 slot = base.slots[slot_name]
                 sums, change = EditSums(), [0.0, 0.0]
                 for edited in editor.parts(slot, expert):
+                    _require_finite(edited.stored, slot.tensor_name(expert), editor.recipe.alpha)
                     writer.write(edited.stored)
                     sums += edit_sums(edited.base, edited.intended, edited.stored, edited.delta)
                     change = _predicted(gradients, slot, expert, edited, change)
@@ -210,6 +238,14 @@ def _write_shard(
     write_table(unit, "tensors", COLUMNS, rows)
     write_table(unit, "predicted", list(SETS), predicted)
     return {"size": writer.size, "digest": digest}
+
+
+def _require_finite(stored: Tensor, name: str, alpha: float) -> None:
+    if not torch.isfinite(stored).all():
+        raise RecipeError(
+            f"alpha {alpha:g} is too large: the merged {name} is beyond what "
+            f"{str(stored.dtype).removeprefix('torch.')} can hold"
+        )
 
 
 def _copy(entry: Entry, writer: ShardWriter) -> None:
@@ -256,7 +292,7 @@ def _finish_folder(
         if stale.name not in wanted:
             stale.unlink()
     write_index(base, plan, folder)
-    copy_side_files(ctx.base, folder)
+    side_files = copy_side_files(ctx.base, folder)
     recipe = ctx.recipe.model_dump(mode="json", exclude={"run"})
     (folder / RECIPE_COPY).write_text(yaml.safe_dump(recipe, sort_keys=False))
     (folder / CARD).write_text(model_card(_facts(ctx, base)))
@@ -269,6 +305,7 @@ def _finish_folder(
         "recipe": recipe,
         "versions": _versions(),
         "files": files,
+        "side_files": {name: (folder / name).stat().st_size for name in side_files},
     }
     write_atomically(folder / PROVENANCE, json.dumps(record, indent=2) + "\n")
 

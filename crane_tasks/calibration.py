@@ -49,6 +49,7 @@ def target_ref(ctx: Context, section: TargetSet, rows: Rows) -> Ref:
     inputs = {"data": rows.digest, "tokenizer": ctx.tokenizer_id}
     if any(row.completion is None for row in rows.rows):
         inputs["decoder"] = ctx.donor_id if section.targets == "donor" else ctx.base_id
+        inputs["stops"] = ctx.stops[section.targets]
         config |= {"max_new_tokens": section.max_new_tokens, "compute": ctx.compute}
     return Ref(STAGE, VERSION, config, inputs)
 
@@ -113,6 +114,10 @@ def check_targets(tokenizer: Any, section: TargetSet, rows: Rows) -> list[list[i
             )
         if row.completion is not None and not row.completion.strip():
             raise DataError(f"{row.place}: `completion` is empty")
+        if row.completion is not None and tokenizer.eos_token_id is None:
+            raise DataError(
+                f"{row.place}: a `completion` ends with EOS, and the base's tokenizer names none"
+            )
         prompts.append(ids)
     return prompts
 
@@ -178,25 +183,24 @@ def _decoded(
 
 
 def check_format(ctx: Context, section: FormatSet, ref: Ref) -> None:
-    """Render a format set that is still to be made.
+    """Render and place the patterns of a format set that is still to be made.
 
     Raises:
         DataError: the template refuses a row, or no row holds any of the patterns.
     """
     if not ctx.store.has(ref):
         rows = load_rows(ctx.recipe, section.data)
-        tokenizer = load_tokenizer(ctx.base)
-        texts = [render(tokenizer, row, prompt=False) for row in rows.rows]
-        if not any(pattern in text for text in texts for pattern in section.patterns):
-            raise DataError(
-                f"{section.data}: no row holds any of the format patterns "
-                f"{', '.join(section.patterns)}"
-            )
+        format_rows(load_tokenizer(ctx.base), section, rows)
 
 
-def write_format(ctx: Context, section: FormatSet, rows: Rows, draft: Draft) -> None:
-    """Token ids and the mask of format tokens and their neighbours; cut to `max_length`."""
-    tokenizer = load_tokenizer(ctx.base)
+def format_rows(
+    tokenizer: Any, section: FormatSet, rows: Rows
+) -> tuple[list[list[int]], list[Tensor]]:
+    """Token ids and masks of the rows, each cut to its first `max_length` tokens.
+
+    Raises:
+        DataError: the template refuses a row, or no row holds any of the patterns.
+    """
     sequences, masks = [], []
     for row in rows.rows:
         text = render(tokenizer, row, prompt=False)
@@ -204,6 +208,17 @@ def write_format(ctx: Context, section: FormatSet, rows: Rows, draft: Draft) -> 
         mask = format_mask(text, encoded["offset_mapping"], section.patterns, section.radius)
         sequences.append(encoded["input_ids"][: section.max_length])
         masks.append(mask[: section.max_length])
+    if not any(bool(mask.any()) for mask in masks):
+        raise DataError(
+            f"{section.data}: no row holds any of the format patterns "
+            f"{', '.join(section.patterns)} within {section.max_length} tokens"
+        )
+    return sequences, masks
+
+
+def write_format(ctx: Context, section: FormatSet, rows: Rows, draft: Draft) -> None:
+    """Token ids and the mask of format tokens and their neighbours."""
+    sequences, masks = format_rows(load_tokenizer(ctx.base), section, rows)
     with draft.unit("set") as unit:
         unit.write("token_ids", torch.tensor([i for s in sequences for i in s]))
         unit.write("offsets", offsets_of(sequences))
@@ -301,6 +316,14 @@ def check_prompts(ctx: Context, section: TargetSet, ref: Ref) -> None:
     if not ctx.store.has(ref):
         rows = load_rows(ctx.recipe, section.data)
         check_targets(load_tokenizer(ctx.base), section, rows)
+
+
+def count_tokens(ctx: Context) -> int:
+    """An upper bound of the gate's tokens: rows are counted, not tokenised."""
+    sets = ctx.recipe.calibration
+    return sum(
+        len(load_rows(ctx.recipe, s.data).rows) * s.max_length for s in (sets.reasoning, sets.agent)
+    )
 
 
 def build_calibration(ctx: Context, refs: CalibrationRefs) -> Built:

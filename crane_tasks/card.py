@@ -108,8 +108,8 @@ The full recipe is in `crane_recipe.yaml`, digests of all inputs are in `crane.j
 {table}
 | Parameters | {facts.parameters:,} |
 
-Tensor names, dtypes, config and tokenizer are those of the base. Written and tested with
-transformers {facts.transformers}.
+Tensor names, dtypes, config and tokenizer are those of the base. Written with transformers
+{facts.transformers}.
 
 ## Usage
 

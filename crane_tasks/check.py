@@ -5,10 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from crane_tasks.context import Context
 from crane_tasks.errors import CheckpointError
-from crane_tasks.models.checkpoint import listed
-from crane_tasks.models.stream import check_parameters
+from crane_tasks.models.checkpoint import Checkpoint, Pair, listed
+from crane_tasks.models.stream import CONFIG_ERRORS, check_parameters
 
 # Config fields in which an Instruct and a Thinking model may differ: they do not enter the
 # function that the weights compute.
@@ -41,15 +40,17 @@ FREE_FIELDS = frozenset(
 )
 
 
-def check_pair(ctx: Context) -> None:
+def check_pair(pair: Pair) -> None:
     """Configs, tokenizers and parameters of the pair fit; headers were compared already.
 
     Raises:
         CheckpointError: with every difference of one kind in one message.
     """
-    check_configs(ctx.base, ctx.donor)
-    check_tokenizers(ctx.base, ctx.donor)
-    check_parameters(ctx.pair().base)
+    base, donor = pair.base.folder, pair.donor.folder
+    check_configs(base, donor)
+    check_tokenizers(base, donor)
+    check_vocabulary(pair.base, base)
+    check_parameters(pair.base)
 
 
 def _plain_config(folder: Path) -> dict[str, Any]:
@@ -57,7 +58,7 @@ def _plain_config(folder: Path) -> dict[str, Any]:
 
     try:
         config: dict[str, Any] = AutoConfig.from_pretrained(folder).to_dict()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except CONFIG_ERRORS as error:
         raise CheckpointError(f"{folder}: transformers cannot read its config: {error}") from error
     return config
 
@@ -96,6 +97,17 @@ def check_tokenizers(base: Path, donor: Path) -> None:
         raise CheckpointError(
             f"special in one tokenizer of {base} and {donor} only: "
             f"{listed(map(repr, sorted(special)))}"
+        )
+
+
+def check_vocabulary(checkpoint: Checkpoint, tokenizer: Path) -> None:
+    """Every token of the tokenizer in a folder has a row in the embedding."""
+    largest = max(load_tokenizer(tokenizer).get_vocab().values())
+    rows = checkpoint.pieces["model.embed_tokens.weight"][0].shape[0]
+    if largest >= rows:
+        raise CheckpointError(
+            f"{checkpoint.folder}: its embedding has {rows} rows, the tokenizer of {tokenizer} "
+            f"goes up to token {largest}"
         )
 
 

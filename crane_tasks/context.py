@@ -11,10 +11,13 @@ import torch
 from artifacts.memo import DigestMemo
 from artifacts.ref import digest_of
 from artifacts.store import Store
+from crane_tasks.check import check_pair
+from crane_tasks.data import load_rows
 from crane_tasks.errors import CheckpointError, RecipeError
-from crane_tasks.models.checkpoint import INDEX, SINGLE, TOKENIZER_FILES, Pair
+from crane_tasks.models.checkpoint import INDEX, SINGLE, TOKENIZER_FILES, Pair, side_files
 from crane_tasks.recipe import Recipe
 
+GENERATION = "generation_config.json"
 HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.jinja", "*.model"]
 
 
@@ -37,6 +40,8 @@ class Context:
         base, donor: the checkpoints' folders.
         base_id, donor_id: digests of their weights and configs, whatever their paths.
         tokenizer_id: digest of the base's tokenizer and chat template.
+        side_files_id: digest of all that the output takes over from the base's folder.
+        stops: digest of each side's generation config, which says where decoding ends.
         output: where the merged checkpoint goes.
         device: resolved torch device, e.g. "cpu".
         compute: resolved dtype of forward and backward passes.
@@ -49,6 +54,8 @@ class Context:
     base_id: str
     donor_id: str
     tokenizer_id: str
+    side_files_id: str
+    stops: dict[str, str]
     output: Path
     device: str
     compute: str
@@ -80,13 +87,19 @@ def make_context(recipe: Recipe, store: Store, progress: Progress = no_progress)
         CheckpointError: a checkpoint is missing, damaged or no partner of the other.
         RecipeError: the recipe asks for a device that is not there.
     """
-    base, donor = checkpoint_folder(recipe, recipe.base), checkpoint_folder(recipe, recipe.donor)
     device = _device(recipe.run.device)
     if recipe.run.threads:
         torch.set_num_threads(recipe.run.threads)
+    # The dear part of this is to hash weights that are not known yet: what is wrong with
+    # data or headers must show before.
+    for data in data_sources(recipe):
+        load_rows(recipe, data)
+    base, donor = checkpoint_folder(recipe, recipe.base), checkpoint_folder(recipe, recipe.donor)
     _opened_pair.cache_clear()  # the files may have changed since the last merge
-    _opened_pair(base, donor)
+    pair = _opened_pair(base, donor)
     memo = DigestMemo(store.root)
+    if not all(memo.known(file) for side in (pair.base, pair.donor) for file in side.files):
+        check_pair(pair)
     progress("identify", 0, 2, "checkpoints")
     base_id = checkpoint_identity(base, memo)
     progress("identify", 1, 2, "checkpoints")
@@ -103,6 +116,11 @@ def make_context(recipe: Recipe, store: Store, progress: Progress = no_progress)
         base_id=base_id,
         donor_id=donor_id,
         tokenizer_id=tokenizer_identity(base, memo),
+        side_files_id=digest_of({name: memo.digest(base / name) for name in side_files(base)}),
+        stops={
+            side: memo.digest(file) if (file := folder / GENERATION).exists() else ""
+            for side, folder in (("base", base), ("donor", donor))
+        },
         output=output_folder(recipe),
         device=device,
         compute=compute,
@@ -110,12 +128,24 @@ def make_context(recipe: Recipe, store: Store, progress: Progress = no_progress)
     )
 
 
+def data_sources(recipe: Recipe) -> list[str]:
+    """Every data file or dataset that the recipe names."""
+    sets = recipe.calibration
+    named = [sets.reasoning.data, sets.agent.data, sets.format.data]
+    return named + [d for d in (recipe.evaluate.reasoning, recipe.evaluate.agent) if d is not None]
+
+
 def output_folder(recipe: Recipe) -> Path:
     """Where the merge goes: `run.output`, or a folder that names recipe, alpha and tau."""
     if recipe.run.output is not None:
         return recipe.place(recipe.run.output).resolve()
-    name = f"{recipe.name}-alpha{recipe.alpha:g}-tau{recipe.tau:g}"
+    name = f"{recipe.name}-{point_name(recipe.alpha, recipe.tau)}"
     return (Path.cwd() / "merged" / name).resolve()
+
+
+def point_name(alpha: float, tau: float) -> str:
+    """Names a point of a grid; no two points alike."""
+    return f"alpha{alpha:.15g}-tau{tau:.15g}"
 
 
 def _device(wanted: str) -> str:

@@ -70,6 +70,8 @@ def _read_file(file: Path) -> list[dict[str, Any]]:
     import datasets
 
     kind = {".jsonl": "json", ".parquet": "parquet"}.get(file.suffix)
+    if not file.is_file():
+        raise DataError(f"{file}: is a folder, not a data file")
     if kind is None:
         raise DataError(f"{file}: data is JSONL or Parquet, not '{file.suffix}'")
     if kind == "json":
@@ -123,7 +125,8 @@ def _row(record: Mapping[str, Any], place: str) -> Row:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise DataError(f"{place}: every message needs a role")
         content = message.get("content")
-        if content is not None and not isinstance(content, str | list):
+        if content is not None and not isinstance(content, str):
+            # Templates of text models render a list of parts as nothing at all.
             raise DataError(f"{place}: the content of a message is text")
     completion = record.get("completion")
     if completion is not None and not isinstance(completion, str):

@@ -44,8 +44,8 @@ def write_delta(ctx: Context, draft: Draft) -> None:
     Raises:
         CheckpointError: the pair does not fit, or weights are NaN or Inf: all are named.
     """
-    check_pair(ctx)
     pair = ctx.pair()
+    check_pair(pair)
     groups = list(pair.base.layers())
     for number, (layer, slots) in enumerate(groups):
         name = unit_name(layer)

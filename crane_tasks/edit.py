@@ -77,7 +77,9 @@ class Editor:
         code = self.delta.read(slot.unit, slot.array_name, index).to(self.device)
         delta, weight = decode(base, code), base.float()
         intended = self._intended(slot, expert, weight, delta, first)
-        name = slot.tensor_name(expert)
+        # A stored head that is tied to the embedding is rounded as that is.
+        tied = slot.name == "lm_head.weight" and slot.component == "embedding"
+        name = "model.embed_tokens.weight" if tied else slot.tensor_name(expert)
         offset = first * (base.numel() // max(1, base.shape[0])) if base.dim() else 0
         rounded = self._rounded(weight + intended, base.dtype, name, offset)
         # Without an edit the base's own bits: the sum would turn a minus zero into a zero.

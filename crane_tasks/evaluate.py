@@ -28,7 +28,7 @@ from crane_tasks.calibration import (
     target_ref,
 )
 from crane_tasks.check import load_tokenizer
-from crane_tasks.context import Context, checkpoint_identity
+from crane_tasks.context import GENERATION, Context, checkpoint_identity
 from crane_tasks.data import load_rows
 from crane_tasks.models.checkpoint import Checkpoint
 from crane_tasks.models.decode import decode_greedily, load_resident
@@ -100,6 +100,17 @@ def evaluation_sets(ctx: Context, calibration: Mapping[str, Ref]) -> EvaluationS
     return EvaluationSets(refs)
 
 
+def behaviour_identity(folder: Path, memo: DigestMemo) -> str:
+    """A digest of what answers depend on: the weights, and where decoding stops."""
+    stops = folder / GENERATION
+    return digest_of(
+        {
+            "checkpoint": checkpoint_identity(folder, memo),
+            "stops": memo.digest(stops) if stops.exists() else "",
+        }
+    )
+
+
 def measure_ref(ctx: Context, model_id: str, sets: EvaluationSets) -> Ref:
     """The key of one model's measurements."""
     settings = ctx.recipe.evaluate
@@ -160,7 +171,7 @@ def compare(ctx: Context, models: Mapping[str, Path], sets: EvaluationSets) -> d
     memo = DigestMemo(ctx.store.root)
     opened: dict[str, Artifact] = {}
     for number, (name, folder) in enumerate(models.items()):
-        ref = measure_ref(ctx, checkpoint_identity(folder, memo), sets)
+        ref = measure_ref(ctx, behaviour_identity(folder, memo), sets)
 
         def write(draft: Draft, folder: Path = folder) -> None:
             write_measurements(ctx, folder, sets, draft)
@@ -338,7 +349,7 @@ def build_checkpoint_comparison(
 ) -> tuple[Built, dict[str, Any]]:
     """Compare any checkpoint of the base's architecture with base and donor."""
     memo = DigestMemo(ctx.store.root)
-    identity = checkpoint_identity(checkpoint, memo)
+    identity = behaviour_identity(checkpoint, memo)
     ref = evaluate_ref(ctx, digest_of({"checkpoint": identity}), sets)
 
     def write(draft: Draft) -> None:

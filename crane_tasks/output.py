@@ -11,13 +11,11 @@ from typing import Any
 
 from artifacts.store import sync_folder
 from crane_tasks.errors import OutputError, RecipeError
-from crane_tasks.models.checkpoint import INDEX, SINGLE, Checkpoint
+from crane_tasks.models.checkpoint import INDEX, SINGLE, Checkpoint, side_files
 from crane_tasks.models.safetensors_io import Entry
 
 PROVENANCE = "crane.json"
 RECIPE_COPY = "crane_recipe.yaml"
-CARD = "README.md"
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
@@ -87,23 +85,13 @@ def write_index(base: Checkpoint, plan: list[Shard], folder: Path) -> None:
 
 
 def copy_side_files(base: Path, folder: Path) -> list[str]:
-    """Config, tokenizer, chat template and every other file of the base, byte for byte.
-
-    Left out: weights in any format, their index, the base's own card, hidden files.
-    """
-    copied = []
-    for source in sorted(p for p in base.rglob("*") if p.is_file()):
-        relative = source.relative_to(base)
-        hidden = any(part.startswith(".") for part in relative.parts)
-        ours = relative.as_posix() in (CARD, INDEX, PROVENANCE, RECIPE_COPY)
-        weights = source.suffix in WEIGHT_SUFFIXES or source.name.endswith(".index.json")
-        if hidden or ours or weights:
-            continue
-        target = folder / relative
+    """Copy the base's side files, byte for byte; returns their relative names."""
+    names = side_files(base)
+    for name in names:
+        target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, target)
-        copied.append(relative.as_posix())
-    return copied
+        shutil.copyfile(base / name, target)
+    return names
 
 
 def provenance(folder: Path) -> dict[str, Any] | None:
@@ -112,7 +100,8 @@ def provenance(folder: Path) -> dict[str, Any] | None:
         found = json.loads((folder / PROVENANCE).read_text())
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) and "apply" in found and "files" in found else None
+    fields = {"apply", "files", "side_files"}
+    return found if isinstance(found, dict) and fields <= found.keys() else None
 
 
 def holds(folder: Path, key: str, plan: list[Shard]) -> bool:
@@ -121,9 +110,10 @@ def holds(folder: Path, key: str, plan: list[Shard]) -> bool:
     if found is None or found["apply"] != key:
         return False
     files: dict[str, Any] = found["files"]
+    sizes = {name: record["size"] for name, record in files.items()} | found["side_files"]
     return files.keys() == {s.file for s in plan} and all(
-        (folder / name).exists() and (folder / name).stat().st_size == record["size"]
-        for name, record in files.items()
+        (folder / name).is_file() and (folder / name).stat().st_size == size
+        for name, size in sizes.items()
     )
 
 

@@ -11,6 +11,7 @@ from artifacts.schema import Schema
 from artifacts.store import Artifact, Built, Draft, Unit
 from crane_tasks.calibration import read_set
 from crane_tasks.context import Context
+from crane_tasks.errors import CraneError
 from crane_tasks.models.activations import Sum, Sums, walk_activations
 from crane_tasks.models.layout import Layout, Site, Slot, unit_name
 from crane_tasks.models.states import States
@@ -116,6 +117,8 @@ def basis_site(artifact: Artifact, slot: Slot, width: int) -> Site | None:
         return None
     if artifact.has(slot.unit, f"{slot.site.name}.sigma"):
         return slot.site
+    if not slot.site.extended:
+        raise CraneError(f"{artifact.path}: no basis of {slot.site.name} in {slot.unit}")
     borrowed = slot.borrows
     if borrowed is None or not artifact.has(slot.unit, f"{borrowed.name}.sigma"):
         return None

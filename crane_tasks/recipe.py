@@ -57,7 +57,9 @@ class FormatSet(Section):
     data: str
     radius: int = Field(default=3, ge=0, description="neighbours taken on either side")
     max_length: int = Field(default=4096, gt=0)
-    patterns: tuple[str, ...] = Field(default=FORMAT_PATTERNS, min_length=1)
+    patterns: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+        default=FORMAT_PATTERNS, min_length=1
+    )
 
 
 class Calibration(Section):
@@ -148,11 +150,6 @@ class Recipe(Section):
         """A path to be made: relative ones lie beside the recipe."""
         path = Path(value).expanduser()
         return path if path.is_absolute() else self._folders[0] / path
-
-    def at(self, alpha: float, tau: float) -> "Recipe":
-        """The same recipe at another point of a sweep."""
-        data = self.model_dump(exclude_unset=True)
-        return recipe_from(data | {"alpha": alpha, "tau": tau}, self._folders, self.name)
 
 
 def _set_dotted(data: dict[str, Any], assignment: str) -> None:

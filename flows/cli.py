@@ -1,6 +1,7 @@
 """The `crane` command: parse, call, print. Heavy imports wait until a command needs them."""
 
 import json
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -57,22 +58,22 @@ def _quiet() -> None:
     logging.getLogger("transformers").setLevel(logging.ERROR)
 
 
-def _guarded(work: "Callable[[View], Any]", *, debug: bool, quiet: bool = False) -> Any:
+def _guarded(work: "Callable[[View], Any]", *, debug: bool) -> Any:
     """Run a command: bad input is one message and exit 2, everything else 1, Ctrl-C 130."""
-    from artifacts.errors import StoreError
+    from artifacts.errors import StoreError, UnusableStore
     from crane_tasks.errors import BadInput, CraneError
     from flows.view import View
 
     if not debug:
         _quiet()
-    view = View(quiet=quiet)
+    view = View()
     try:
         with view:
             return work(view)
     except KeyboardInterrupt:
         view.problem("Interrupted. Finished work is kept: the same command goes on from there.")
         raise typer.Exit(INTERRUPTED) from None
-    except BadInput as error:
+    except (BadInput, UnusableStore) as error:
         if debug:
             raise
         view.problem(str(error))
@@ -84,8 +85,17 @@ def _guarded(work: "Callable[[View], Any]", *, debug: bool, quiet: bool = False)
         raise typer.Exit(FAILED) from None
 
 
+def _finite(value: Any) -> Any:
+    """JSON knows no NaN and no infinity: null."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _print_json(value: Any) -> None:
-    sys.stdout.write(json.dumps(value, allow_nan=False) + "\n")
+    sys.stdout.write(json.dumps(_finite(value), allow_nan=False) + "\n")
 
 
 @app.command()

@@ -5,13 +5,15 @@ from pathlib import Path
 from typing import Any
 
 from artifacts.store import Store
-from crane_tasks.calibration import build_targets, calibration_refs
+from crane_tasks.calibration import build_targets
+from crane_tasks.check import check_vocabulary
 from crane_tasks.context import Progress, make_context, no_progress
 from crane_tasks.errors import CheckpointError
-from crane_tasks.evaluate import build_checkpoint_comparison, evaluation_sets
+from crane_tasks.evaluate import build_checkpoint_comparison
 from crane_tasks.models.checkpoint import Checkpoint
+from crane_tasks.models.stream import check_parameters
 from crane_tasks.recipe import Recipe
-from flows.merge import healing
+from flows.merge import all_refs, check_data, healing
 
 
 def evaluate(
@@ -27,6 +29,7 @@ def evaluate(
     Raises:
         BadInput: the checkpoint, the recipe or its data are wrong.
     """
+    store.waiting = notice
     store.prepare()
     ctx = make_context(recipe, store, progress)
     folder = checkpoint.expanduser().resolve()
@@ -36,13 +39,15 @@ def evaluate(
             f"{folder} is {opened.layout.model_type}, the recipe's base "
             f"{ctx.pair().base.layout.model_type}"
         )
-    refs = calibration_refs(ctx)
-    sets = evaluation_sets(ctx, refs.targets())
+    check_parameters(opened)
+    check_vocabulary(opened, ctx.base)
+    refs = all_refs(ctx)
+    check_data(ctx, refs)
 
     def work() -> dict[str, Any]:
-        for name, ref in refs.targets().items():
+        for name, ref in refs.calibration.targets().items():
             build_targets(ctx, getattr(recipe.calibration, name), ref)
-        return build_checkpoint_comparison(ctx, folder, sets)[1]
+        return build_checkpoint_comparison(ctx, folder, refs.sets)[1]
 
     result = healing(store, work, notice)
     return {"name": recipe.name, "checkpoint": str(folder), **result}

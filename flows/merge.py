@@ -15,6 +15,7 @@ from crane_tasks.apply import (
     Inputs,
     apply_ref,
     build_apply,
+    check_baseline,
     check_destination,
     check_rows,
     read_edit,
@@ -26,6 +27,7 @@ from crane_tasks.calibration import (
     calibration_refs,
     check_format,
     check_prompts,
+    count_tokens,
 )
 from crane_tasks.context import Context, Progress, make_context, no_progress
 from crane_tasks.delta import build_delta, delta_ref
@@ -46,6 +48,7 @@ from crane_tasks.threshold import build_threshold, threshold_ref
 
 STAGES = ("calibration", "delta", "threshold", "scores", "projector", "apply", "evaluate")
 T = TypeVar("T")
+HEALINGS = 20  # more than a merge has artifacts
 
 
 class Call(Protocol):
@@ -100,6 +103,7 @@ def check_cheap(ctx: Context, refs: Refs, *, force: bool) -> None:
     """Everything about data and output that is known to be wrong before weights are read."""
     there = check_destination(ctx, refs.apply, force=force)
     check_room(_disk_needs(ctx, refs, written=there and ctx.store.has(refs.apply)))
+    check_baseline(ctx)
     if not ctx.store.has(refs.apply):
         check_rows(ctx)
     check_data(ctx, refs)
@@ -118,13 +122,21 @@ def check_data(ctx: Context, refs: Refs) -> None:
 
 
 def _disk_needs(ctx: Context, refs: Refs, *, written: bool) -> list[tuple[Path, int, str]]:
-    """What the missing stages will write, in bytes; small artifacts are left out."""
-    sizes = sizes_of(ctx.pair().base)
+    """What the missing stages will write, in bytes; small artifacts are left out.
+
+    What an interrupted stage has in its draft already is not counted again.
+    """
+    store, base = ctx.store, ctx.pair().base
+    sizes = sizes_of(base)
     needs = []
-    if not ctx.store.has(refs.delta):
-        needs.append((ctx.store.root, sizes.total, "delta"))
-    if not ctx.store.has(refs.scores) and ctx.recipe.gate.store_gradients:
-        needs.append((ctx.store.root, 2 * sizes.gated, "gradients"))
+    if not store.has(refs.delta):
+        needs.append((store.root, sizes.total - store.drafted_bytes(refs.delta), "delta"))
+    if not store.has(refs.scores):
+        kept = 2 * sizes.gated if ctx.recipe.gate.store_gradients else 0
+        row = base.config["hidden_size"] * ctx.compute_dtype.itemsize
+        states = count_tokens(ctx) * row * (base.num_layers + 1)
+        there = store.drafted_bytes(refs.scores)
+        needs.append((store.root, kept + states - there, "gradients and hidden states"))
     if not written:
         needs.append((ctx.output, sizes.total, "output"))
     return needs
@@ -191,6 +203,7 @@ def build_all(ctx: Context, refs: Refs, call: Call, *, force: bool) -> list[Buil
     """All seven stages."""
     r = refs
     built = build_gate(ctx, refs, call)
+    _scores(ctx, refs)  # a baseline without gain shows here, not after the projector
     built += [
         call("threshold", build_threshold, ctx, r.threshold, r.delta),
         call("projector", build_projector, ctx, r.projector, r.calibration.format),
@@ -206,12 +219,14 @@ def _build_apply(ctx: Context, ref: Ref, inputs: Inputs, force: bool) -> Built:
 
 def healing(store: Store, work: Callable[[], T], notice: Callable[[str], None]) -> T:
     """Run `work`; set a damaged artifact aside and run again, which recomputes it alone."""
-    while True:
+    # Each round mends one artifact; a disk that damages what was just written must end it.
+    for _ in range(HEALINGS):
         try:
             return work()
         except DamagedArtifact as error:
             aside = store.set_aside(error.path)
             notice(f"{error}. Set aside as {aside.name}, computing it anew.")
+    return work()
 
 
 def merge(
@@ -229,19 +244,22 @@ def merge(
         BadInput: recipe, checkpoints, data or output are wrong; nothing was published.
         ScoreError: the baseline has no positive gain.
     """
+    store.waiting = notice
     store.prepare()
     ctx = make_context(recipe, store, progress)
     refs = all_refs(ctx)
     check_cheap(ctx, refs, force=force)
-    stages = healing(store, lambda: build_all(ctx, refs, call, force=force), notice)
-    return healing(store, lambda: _collect(Merged(ctx, refs, stages)), notice)
+
+    def work() -> Merged:
+        return _collect(Merged(ctx, refs, build_all(ctx, refs, call, force=force)))
+
+    return healing(store, work, notice)
 
 
 def _collect(merged: Merged) -> Merged:
     """Read the results back and write the report."""
     ctx, refs = merged.ctx, merged.refs
-    layout = ctx.pair().base.layout
-    merged.scores = read_scores(ctx.store.open(refs.scores), layout, ctx.recipe.gate.baseline)
+    merged.scores = _scores(ctx, refs)
     edit = read_edit(ctx.store.open(refs.apply))
     merged.edit = {
         component: {"survived": sums.survived, "cosine": sums.cosine}
@@ -275,11 +293,21 @@ def compute_scores(
     notice: Callable[[str], None] = lambda _: None,
 ) -> tuple[list[Built], Scores]:
     """S(c, l) for a recipe, computing what is missing."""
+    store.waiting = notice
     store.prepare()
     ctx = make_context(recipe, store, progress)
     refs = all_refs(ctx)
+    check_baseline(ctx)
     check_data(ctx, refs)
-    built = healing(store, lambda: build_gate(ctx, refs, call), notice)
+
+    def work() -> tuple[list[Built], Scores]:
+        built = build_gate(ctx, refs, call)
+        return sorted(built, key=lambda b: STAGES.index(b.ref.stage)), _scores(ctx, refs)
+
+    return healing(store, work, notice)
+
+
+def _scores(ctx: Context, refs: Refs) -> Scores:
+    """The normalised scores of a run whose score stage is done."""
     layout = ctx.pair().base.layout
-    scores = read_scores(store.open(refs.scores), layout, recipe.gate.baseline)
-    return sorted(built, key=lambda b: STAGES.index(b.ref.stage)), scores
+    return read_scores(ctx.store.open(refs.scores), layout, ctx.recipe.gate.baseline)

@@ -6,6 +6,7 @@ from typing import Any
 from artifacts.cleaning import differences, nearest
 from artifacts.ref import Ref
 from artifacts.store import Store
+from crane_tasks.calibration import count_tokens
 from crane_tasks.check import check_pair
 from crane_tasks.context import Context, Progress, make_context, no_progress
 from crane_tasks.output import holds, shard_plan
@@ -55,7 +56,7 @@ def make_plan(recipe: Recipe, store: Store, *, progress: Progress = no_progress)
     ctx = make_context(recipe, store, progress)
     refs = all_refs(ctx)
     check_cheap(ctx, refs, force=True)
-    check_pair(ctx)
+    check_pair(ctx.pair())
     sizes = sizes_of(ctx.pair().base)
     steps = [_step(ctx, refs, name, ref, sizes) for name, ref in refs.by_stage().items()]
     return Plan(recipe.name, str(ctx.output), str(store.root), steps)
@@ -97,7 +98,7 @@ def _needs(ctx: Context, name: str, sizes: Sizes) -> dict[str, Any]:
     ends = sizes.outside // 2 * wide
     gradients = 2 * sizes.layer * 2  # both sets in float32
     rate = FLOPS["cpu" if ctx.device == "cpu" else "cuda"]
-    tokens = _tokens(ctx)
+    tokens = count_tokens(ctx)
     passes = 2 * sizes.parameters * tokens
     io = sizes.total / DISK_RATE
     buffer = 16 * sizes.largest  # a few float32 copies of the largest tensor
@@ -123,13 +124,3 @@ def _needs(ctx: Context, name: str, sizes: Sizes) -> dict[str, Any]:
         "device_memory": device_memory if on_device else None,
         "seconds": seconds,
     }
-
-
-def _tokens(ctx: Context) -> int:
-    """An upper bound of the calibration's tokens: rows are read, not tokenised."""
-    from crane_tasks.data import load_rows
-
-    sets = ctx.recipe.calibration
-    return sum(
-        len(load_rows(ctx.recipe, s.data).rows) * s.max_length for s in (sets.reasoning, sets.agent)
-    )

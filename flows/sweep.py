@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from artifacts.store import Store
-from crane_tasks.context import Progress, no_progress
+from crane_tasks.context import Progress, make_context, no_progress, point_name
 from crane_tasks.recipe import Recipe, recipe_from
-from flows.merge import Call, Merged, call_here, merge
+from flows.merge import Call, Merged, all_refs, call_here, check_cheap, merge
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ def at_point(recipe: Recipe, alpha: float, tau: float, folder: Path | None) -> R
     data |= {"alpha": alpha, "tau": tau}
     place = folder or (recipe.place(recipe.run.output) if recipe.run.output else None)
     if place is not None:
-        output = place / f"alpha{alpha:g}-tau{tau:g}"
+        output = place / point_name(alpha, tau)
         data["run"] = {**data.get("run", {}), "output": str(output)}
     return recipe_from(data, recipe._folders, recipe.name)
 
@@ -51,12 +51,16 @@ def sweep(
     notice: Callable[[str], None] = lambda _: None,
     force: bool = False,
 ) -> list[Point]:
-    """Merge and evaluate every point. All points are checked before the first is computed.
+    """Merge and evaluate every point. All are checked before the first is computed.
 
     Raises:
         BadInput: as `merge`; an alpha or tau out of range.
     """
+    store.prepare()
     grid = [(a, t, at_point(recipe, a, t, folder)) for a in alphas for t in taus]
+    for _, _, point in grid:
+        ctx = make_context(point, store, progress)
+        check_cheap(ctx, all_refs(ctx), force=force)
     return [
         Point(a, t, merge(point, store, call=call, progress=progress, notice=notice, force=force))
         for a, t, point in grid

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class View:
     """Progress bars while it is entered, and one method per thing to show."""
 
-    def __init__(self, *, quiet: bool = False) -> None:
+    def __init__(self) -> None:
         self.err = Console(stderr=True, highlight=False)
         # Piped output has no width of its own: 80 columns would cut the tables.
         width = None if sys.stdout.isatty() else 120
@@ -33,7 +33,7 @@ class View:
             TimeRemainingColumn(),
             console=self.err,
             transient=True,
-            disable=quiet or not self.err.is_terminal,
+            disable=not self.err.is_terminal,
         )
         self._tasks: dict[str, TaskID] = {}
 

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from crane_tasks.models.batches import batched, token_limit
+from crane_tasks.models.batches import batched, plan_mark, token_limit
 from crane_tasks.models.layout import Site
 from crane_tasks.models.states import States
 from crane_tasks.models.stream import LayerStream
@@ -104,6 +104,7 @@ def walk_activations(
     batches = batched([ids for ids, _ in items], token_limit(stream.device))
     entered = [stream.enter(batch.ids) for batch in batches]
     hidden = [h.cpu() for h, _ in entered]
+    states = states.within(plan_mark(batches))
     masks = [
         batch.rows([items[i][1] for i in batch.items], fill=False).flatten().to(stream.device)
         for batch in batches
@@ -120,6 +121,7 @@ def walk_activations(
                 hidden[index] = stream.run(module, state, calls[layer]).cpu()
             taps.remove()
         states.save(f"behind.{layer}", hidden)
-        visit(layer, taps.sums)
+        if layer not in done:
+            visit(layer, taps.sums)
         states.drop(f"behind.{layer - 1}")
         progress(layer + 1, stream.num_layers)

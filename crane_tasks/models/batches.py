@@ -5,8 +5,9 @@ behind an item changes nothing before it; and as no loss is taken there, its gra
 zero. No mask is needed, which keeps the fast path of attention.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 
 import torch
 from jaxtyping import Float, Int
@@ -58,6 +59,12 @@ def batched(sequences: Sequence[Tensor], limit: int) -> list[Batch]:
                 continue
         groups.append([index])
     return [_padded(sequences, group) for group in groups]
+
+
+def plan_mark(batches: Iterable[Batch]) -> str:
+    """Names a plan of batches: states kept under one plan are of no use under another."""
+    plan = repr([(batch.items, batch.lengths) for batch in batches])
+    return blake2b(plan.encode(), digest_size=6).hexdigest()
 
 
 def _padded(sequences: Sequence[Tensor], group: list[int]) -> Batch:

@@ -36,6 +36,9 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+CARD = "README.md"
+OWN_FILES = ("crane.json", "crane_recipe.yaml")  # of an earlier merge: the new one has its own
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
 HOW_MANY = 8  # problems of one kind listed in a message before it says "and n more"
 
 
@@ -184,7 +187,8 @@ class Checkpoint:
             elif classified := self.layout.classify(name):
                 slot, expert = classified
                 self.slots[slot.name] = self._adjusted(slot)
-                found[slot.name][expert] = Piece(entry, 0, _rows(entry.shape), entry.shape)
+                piece = Piece(entry, 0, _rows(entry.shape), entry.shape)
+                self._keep(found[slot.name], expert, piece)
             else:
                 unlisted.append(name)
         if unlisted:
@@ -218,7 +222,16 @@ class Checkpoint:
             self.slots[template] = self.layout.classify_slot(template)
             for expert in range(experts):
                 first = expert * rows + index * height
-                found[template][expert] = Piece(entry, first, first + height, (height, columns))
+                piece = Piece(entry, first, first + height, (height, columns))
+                self._keep(found[template], expert, piece)
+
+    def _keep(self, pieces: dict[int, Piece], expert: int, piece: Piece) -> None:
+        if expert in pieces:
+            raise CheckpointError(
+                f"{self.folder}: {pieces[expert].entry.name} and {piece.entry.name} hold the "
+                "same weights; remove one of them"
+            )
+        pieces[expert] = piece
 
     def _check_complete(self, found: dict[str, dict[int, Piece]]) -> None:
         stacks = [pieces for name, pieces in found.items() if "*" in name]
@@ -256,6 +269,21 @@ def _config_experts(config: dict[str, Any]) -> int:
     return int(config.get("num_experts") or config.get("num_local_experts") or 0)
 
 
+def side_files(folder: Path) -> list[str]:
+    """Config, tokenizer, chat template and every other file that a merge carries over.
+
+    Left out: weights in any format, their index, the card, hidden files.
+    """
+    found = []
+    for file in sorted(p for p in folder.rglob("*") if p.is_file()):
+        relative = file.relative_to(folder)
+        hidden = any(part.startswith(".") for part in relative.parts)
+        weights = file.suffix in WEIGHT_SUFFIXES or file.name.endswith(".index.json")
+        if not (hidden or weights or relative.as_posix() in (CARD, *OWN_FILES)):
+            found.append(relative.as_posix())
+    return found
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """The checkpoint's config.json.
 
@@ -273,6 +301,11 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{file}: not JSON: {error}") from error
     if not isinstance(config, dict) or not isinstance(config.get("num_hidden_layers"), int):
         raise CheckpointError(f"{file}: not the config of a decoder-only language model")
+    if config.get("quantization_config"):
+        raise CheckpointError(
+            f"{file}: the checkpoint is quantised ({config['quantization_config']}); "
+            "merge the unquantised one"
+        )
     return config
 
 

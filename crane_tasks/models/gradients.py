@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Mapping
 import torch
 from torch import Tensor, nn
 
-from crane_tasks.models.batches import Batch, batched, token_limit, unpadded
+from crane_tasks.models.batches import Batch, batched, plan_mark, token_limit, unpadded
 from crane_tasks.models.states import States
 from crane_tasks.models.stream import Item, LayerCall, LayerStream
 
@@ -60,7 +60,6 @@ class GradientWalk:
     ) -> None:
         self._stream = stream
         self._sets = sets
-        self._states = states
         self._batches = [
             (name, batch)
             for name, items in sets.items()
@@ -68,6 +67,7 @@ class GradientWalk:
                 [item.ids for item in items], batch_tokens or token_limit(stream.device)
             )
         ]
+        self._states = states.within(plan_mark(batch for _, batch in self._batches))
         self._first: list[Tensor] = []
         self._calls: list[list[LayerCall]] = []
         for _, batch in self._batches:
@@ -81,26 +81,35 @@ class GradientWalk:
         """Walk forward and backward; `visit(layer, gradients per set)` once per layer.
 
         The parameters outside the layers come first, as layer None. Layers in `done` were
-        visited by an earlier, killed walk whose states are still there: they are skipped.
+        visited by an earlier, killed walk: they are not visited again, and not even walked
+        if that walk's states are still there.
         """
-        total = 2 * self._stream.num_layers
-        self._forward(progress, total)
-        self._head(visit, done)
-        for layer in reversed(range(self._stream.num_layers)):
+        count, states = self._stream.num_layers, self._states
+        total = 2 * count
+        pulled = [i for i in range(count + 1) if states.has(f"grad.{i}")]
+        start = min(pulled, default=count)
+        if not pulled:
+            self._forward(progress, total)
+        if not pulled or None not in done:
+            self._head(visit, done)
+        if start < count and start not in done:
+            start += 1  # that layer was walked, but the kill came before its visit
+        if start < count:
+            progress(total - start, total)
+        for layer in reversed(range(start)):
+            found = self._backward(layer)
             if layer not in done:
-                visit(layer, self._backward(layer))
+                visit(layer, found)
             # Dropped only after the visit has committed the layer: a kill in between
             # finds either the gradient that entered the layer, or the layer done.
-            self._states.drop(f"grad.{layer + 1}")
-            self._states.drop(f"hidden.{layer}")
+            states.drop(f"grad.{layer + 1}")
+            states.drop(f"hidden.{layer}")
             progress(total - layer, total)
 
     @torch.no_grad()
     def _forward(self, progress: Progress, total: int) -> None:
         stream, states = self._stream, self._states
         count = stream.num_layers
-        if any(states.has(f"grad.{i}") for i in range(count + 1)):
-            return
         reached = max((i for i in range(count + 1) if states.has(f"hidden.{i}")), default=None)
         if reached is None:
             reached = 0
@@ -119,8 +128,6 @@ class GradientWalk:
         """Loss, its gradient at the last state, and the gradients outside the layers."""
         stream, states = self._stream, self._states
         count = stream.num_layers
-        if None in done:
-            return
         hidden = states.load(f"hidden.{count}")
         gradients: list[Tensor] = [torch.empty(0)] * len(hidden)
         for p in stream.outside.values():
@@ -140,7 +147,8 @@ class GradientWalk:
         for p in stream.outside.values():
             p.requires_grad_(False)
         states.save(f"grad.{count}", gradients)
-        visit(None, found)
+        if None not in done:
+            visit(None, found)
         states.drop(f"hidden.{count}")
 
     def _of(self, name: str) -> list[tuple[int, Batch]]:

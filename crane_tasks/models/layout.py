@@ -6,7 +6,6 @@ row names is refused, never guessed from its shape.
 
 import re
 import tomllib
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -102,7 +101,6 @@ class Layout:
     """The table of one architecture."""
 
     model_type: str
-    model_class: str
     baseline: tuple[str, ...]
     sites: tuple[Site, ...]
     rules: tuple[Rule, ...]
@@ -193,15 +191,9 @@ def layout_of(model_type: str) -> Layout:
     ]
     return Layout(
         model_type=table["model_type"],
-        model_class=table["model_class"],
         baseline=tuple(table["baseline"]),
         sites=tuple(sites.values()),
         rules=tuple(rules),
         fused=tuple(Fused(_pattern(f["name"]), tuple(f["parts"])) for f in table.get("fused", [])),
         carried=tuple(_pattern(c["name"]) for c in table.get("carried", [])),
     )
-
-
-def components_in(slots: Iterable[Slot]) -> list[str]:
-    """The components that occur, each once, in order of first occurrence."""
-    return list(dict.fromkeys(slot.component for slot in slots))

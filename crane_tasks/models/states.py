@@ -6,6 +6,7 @@ They live in the artifact's draft; the page cache keeps them in memory while the
 import os
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -17,6 +18,10 @@ class States:
         self._folder = folder
         folder.mkdir(parents=True, exist_ok=True)
 
+    def within(self, name: str) -> "States":
+        """The states of one plan, apart from those of others."""
+        return States(self._folder / name)
+
     def _file(self, name: str) -> Path:
         return self._folder / f"{name}.safetensors"
 
@@ -26,7 +31,11 @@ class States:
     def save(self, name: str, states: list[Tensor]) -> None:
         """Write the list under a temporary name, then rename."""
         part = self._file(name).with_suffix(".part")
-        save_file({str(i): t.detach().cpu().contiguous() for i, t in enumerate(states)}, part)
+        tensors = {str(i): t.detach().cpu().contiguous() for i, t in enumerate(states)}
+        try:
+            save_file(tensors, part)
+        except SafetensorError as error:
+            raise OSError(f"{part}: hidden states cannot be written: {error}") from error
         with part.open("rb+") as stream:
             os.fsync(stream.fileno())
         part.replace(self._file(name))

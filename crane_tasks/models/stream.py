@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -21,6 +22,17 @@ from crane_tasks.errors import CheckpointError
 from crane_tasks.models.checkpoint import Checkpoint, listed
 from crane_tasks.models.layout import Layout
 
+# What transformers raises over a config that makes no sense.
+CONFIG_ERRORS = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    RuntimeError,
+    StrictDataclassError,
+)
 # Logits are made for so many bytes of float32 at a time: a vocabulary of 152k times 2,000
 # target tokens would be 1.2 GB.
 LOGIT_BYTES = 256 * 2**20
@@ -99,7 +111,10 @@ def skeleton(checkpoint: Checkpoint, compute: torch.dtype) -> Any:
             config.output_router_logits = False  # its loss bypasses the last hidden state
         with init_empty_weights(include_buffers=False):
             model = build(config, dtype=compute, attn_implementation="sdpa", **options)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        chosen = getattr(config, "num_experts_per_tok", 0) or 0
+        if checkpoint.layout.fused and chosen > (getattr(config, "num_experts", 0) or 0):
+            raise ValueError(f"{chosen} experts per token of {config.num_experts}")
+    except CONFIG_ERRORS as error:
         raise CheckpointError(
             f"{checkpoint.folder}: transformers cannot build this model: {error}"
         ) from error
@@ -107,18 +122,21 @@ def skeleton(checkpoint: Checkpoint, compute: torch.dtype) -> Any:
 
 
 def check_parameters(checkpoint: Checkpoint) -> None:
-    """Every parameter that transformers expects has a tensor, of its shape.
+    """Every parameter that transformers expects has a tensor, of its shape, and no other.
 
     Raises:
-        CheckpointError: with all that are missing or misshapen.
+        CheckpointError: with all that are missing, misshapen or unknown to the model.
     """
     problems: list[str] = []
+    known: set[str] = {"lm_head.weight"}  # stored or not, where it is tied
     for name, parameter in skeleton(checkpoint, torch.bfloat16).named_parameters():
+        known |= set(checkpoint.layout.fused_match(name) or [name])
         shape = _stored_shape(checkpoint, name)
         if shape is None:
             problems.append(f"{name} is missing")
         elif shape != tuple(parameter.shape):
             problems.append(f"{name} is {list(shape)}, the config says {list(parameter.shape)}")
+    problems += [f"{n} is no parameter of this model" for n in checkpoint.slots if n not in known]
     if problems:
         raise CheckpointError(f"{checkpoint.folder}: {listed(problems)}")
 

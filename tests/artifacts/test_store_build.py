@@ -42,7 +42,8 @@ def write(draft):
                 time.sleep(0.01)
         write_sample_unit(draft, number)
 
-built = store.build(sample_ref(), SCHEMA, write, waiting=(here / "waits").touch)
+store.waiting = lambda text: (here / "waits").touch()
+built = store.build(sample_ref(), SCHEMA, write)
 print(built.status)
 """
 
@@ -248,11 +249,19 @@ def test_what_an_interrupted_removal_left_does_not_stand_in_the_way(tmp_path: Pa
     assert content(again.path) == before
 
 
-def test_a_finished_artifact_is_forgotten_by_discard_and_made_anew(tmp_path: Path) -> None:
+def test_what_lies_outside_the_store_is_made_again_and_the_artifact_stays(tmp_path: Path) -> None:
     store, built = build_sample(tmp_path)
-    store.discard(built.ref)
-    assert not store.has(built.ref)
-    assert build_sample(tmp_path)[1].status == "computed"
+    before = content(built.path)
+    made: list[int] = []
+
+    def write(draft: Draft) -> None:
+        write_sample(draft)
+        made.append(1)
+
+    again = store.build(built.ref, SCHEMA, write, complete=lambda: bool(made))
+    assert (again.status, len(made)) == ("computed", 1)
+    assert content(built.path) == before
+    assert store.build(built.ref, SCHEMA, write, complete=lambda: bool(made)).status == "reused"
 
 
 def test_what_is_set_aside_is_kept_but_no_artifact(tmp_path: Path) -> None:

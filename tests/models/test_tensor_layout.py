@@ -10,7 +10,7 @@ from conftest import TinyPair, load_tensors, save_tensors
 
 from crane_tasks.errors import CheckpointError
 from crane_tasks.models.checkpoint import Checkpoint
-from crane_tasks.models.layout import components_in, known_architectures, layout_of, unit_name
+from crane_tasks.models.layout import known_architectures, layout_of, unit_name
 from crane_tasks.models.safetensors_io import header_bytes
 
 # What DESIGN 1 says of a tensor, by the name within its layer, `*` for the expert:
@@ -104,9 +104,8 @@ def test_the_components_are_those_of_the_method(
 ) -> None:
     checkpoint = Checkpoint.open(pairs(architecture).base)
     head = set() if checkpoint.tied else {"lm_head"}
-    found = components_in(checkpoint.slots.values())
-    assert len(found) == len(set(found))
-    assert set(found) == components | {"norm", "embedding"} | head
+    found = {slot.component for slot in checkpoint.slots.values()}
+    assert found == components | {"norm", "embedding"} | head
 
 
 def test_what_a_projection_borrows_is_captured_by_default(tiny_pair: TinyPair) -> None:
