@@ -216,12 +216,19 @@ def test_ctrl_c_ends_with_130_and_the_same_command_goes_on(bench: Bench, tmp_pat
         assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
 
 
-def test_an_unforeseen_failure_ends_with_1(bench: Bench, tmp_path: Path) -> None:
+def test_a_store_that_cannot_be_is_bad_input(bench: Bench, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     ended = crane(tmp_path, "merge", bench.pair.recipe_file, "--store", tmp_path / "file",
                   "--output", tmp_path / "out", "--json")  # fmt: skip
+    assert ended.code == 2
+    assert str(tmp_path / "file") in ended.err and "Traceback" not in ended.err
+    assert ended.out == "" and not (tmp_path / "out").exists()
+
+
+def test_what_the_store_does_not_hold_ends_with_1(bench: Bench, tmp_path: Path) -> None:
+    ended = crane(tmp_path, "store", "show", "nothing", "--store", bench.store)
     assert ended.code == 1
-    assert "cannot be used as a store" in ended.err and "Traceback" not in ended.err
+    assert "nothing" in ended.err and "Traceback" not in ended.err
 
 
 def test_help_imports_no_heavy_library() -> None:
