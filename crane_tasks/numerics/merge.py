@@ -1,7 +1,7 @@
 """Edits to weights: interpolation of the router, rounding, and what survives it."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from hashlib import blake2b
 
 import torch
@@ -82,15 +82,7 @@ class EditSums:
     numel: float = 0.0
 
     def __add__(self, other: "EditSums") -> "EditSums":
-        return EditSums(
-            self.intended2 + other.intended2,
-            self.realised2 + other.realised2,
-            self.dot + other.dot,
-            self.delta2 + other.delta2,
-            self.base2 + other.base2,
-            self.changed + other.changed,
-            self.numel + other.numel,
-        )
+        return EditSums(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
     @property
     def survived(self) -> float:

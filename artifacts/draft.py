@@ -1,0 +1,155 @@
+"""An artifact while it is made: units of work, each there whole or not at all."""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import zarr
+from torch import Tensor
+
+from artifacts.errors import StoreError
+from artifacts.schema import Schema
+from artifacts.tensors import ArrayWriter, create_array, metadata_digest, record_chunks
+
+DATA = "data.zarr"
+SCRATCH = "scratch"
+OUTSIDE = "outside.txt"
+
+
+def write_atomically(file: Path, text: str) -> None:
+    """Write a small file so that it is there whole or not at all, also after a power cut."""
+    # A name of its own: two processes may write the same file at once.
+    part = file.with_name(f".{file.name}.{os.getpid()}.part")
+    with part.open("w") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    part.replace(file)
+    sync_folder(file.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+class Unit:
+    """One unit of work being written."""
+
+    def __init__(self, draft: "Draft", name: str) -> None:
+        self.name = name
+        self.meta: dict[str, Any] = {}
+        self._draft = draft
+        self._group = draft.root.require_group(name)
+        self._arrays: dict[str, str] = {}
+
+    def create(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        *,
+        stacked: bool = False,
+        attributes: dict[str, Any] | None = None,
+    ) -> ArrayWriter:
+        """A new array, to be filled by index."""
+        self._arrays[name] = str(dtype).removeprefix("torch.")
+        return create_array(
+            self._group, name, shape, dtype, stacked=stacked, attributes=attributes or {}
+        )
+
+    def write(
+        self,
+        name: str,
+        tensor: Tensor,
+        *,
+        stacked: bool = False,
+        attributes: dict[str, Any] | None = None,
+    ) -> None:
+        """A whole array at once."""
+        shape = tuple(tensor.shape)
+        writer = self.create(name, shape, tensor.dtype, stacked=stacked, attributes=attributes)
+        if tensor.numel():
+            writer[...] = tensor
+
+    def record(self) -> dict[str, Any]:
+        """The unit's line in `units.jsonl`: its arrays' chunks and its metadata."""
+        folder = self._draft.path / DATA / self.name
+        return {
+            "unit": self.name,
+            "arrays": {
+                name: {
+                    "dtype": dtype,
+                    "metadata": metadata_digest(folder / name),
+                    "chunks": record_chunks(folder / name),
+                }
+                for name, dtype in self._arrays.items()
+            },
+            "meta": self.meta,
+        }
+
+
+class Draft:
+    """An artifact being made; finished units of an earlier, killed attempt are kept."""
+
+    def __init__(self, path: Path, schema: Schema) -> None:
+        self.path = path
+        self.meta: dict[str, Any] = {}
+        self._schema = schema
+        path.mkdir(parents=True, exist_ok=True)
+        self.root = zarr.open_group(path / DATA, mode="a")
+        self._log = path / "units.jsonl"
+        self.units: dict[str, dict[str, Any]] = {}
+        self._read_log()
+        self.kept = len(self.units)
+
+    def _read_log(self) -> None:
+        if not self._log.exists():
+            return
+        whole = 0
+        with self._log.open("rb") as stream:
+            for line in stream:
+                if not line.endswith(b"\n"):
+                    break  # torn by a kill: that unit does not exist
+                record = json.loads(line)
+                self.units[record["unit"]] = record
+                whole += len(line)
+        os.truncate(self._log, whole)
+
+    def done(self, unit: str) -> bool:
+        """Whether the unit was finished, now or by an earlier attempt."""
+        return unit in self.units
+
+    @property
+    def scratch(self) -> Path:
+        """A folder for what a resumed attempt needs; gone when the artifact is done."""
+        folder = self.path / SCRATCH
+        folder.mkdir(exist_ok=True)
+        return folder
+
+    def belongs(self, folder: Path) -> None:
+        """Note a folder outside the store that is of no use without this draft."""
+        write_atomically(self.path / OUTSIDE, str(folder))
+
+    @contextmanager
+    def unit(self, name: str) -> Iterator[Unit]:
+        """Write a unit; it exists once the block has ended without an error."""
+        unit = Unit(self, name)
+        yield unit
+        record = unit.record()
+        arrays = [(n, a["dtype"]) for n, a in record["arrays"].items()]
+        if problems := self._schema.problems(name, arrays, unit.meta):
+            raise StoreError(f"{self.path}: {'; '.join(problems)}")
+        with self._log.open("a") as stream:
+            stream.write(json.dumps(record) + "\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+        self.units[name] = record
