@@ -142,31 +142,40 @@ def write_apply(
     """Unit of work: an output shard. The folder appears when all of it is written."""
     base = ctx.pair().base
     plan = shard_plan(base, ctx.recipe.run.shard_size)
-    folder = ctx.output.with_name(f".{ctx.output.name}.draft-{ref.key}")
-    folder.mkdir(parents=True, exist_ok=True)
-    draft.belongs(folder)
-    editor = make_editor(ctx, inputs)
-    gradients = ctx.store.open(inputs.scores)
     units = shard_units(plan)
-    for number, (name, shard) in enumerate(units.items()):
-        target = folder / shard.file
-        if not (draft.done(name) and target.exists()):
-            with draft.unit(name) as unit:
-                unit.meta |= {
-                    "file": shard.file,
-                    **_write_shard(editor, gradients, shard, target, unit),
-                }
-        ctx.progress(STAGE, number + 1, len(plan), "shards")
+    folder = ctx.output.with_name(f".{ctx.output.name}.draft-{ref.key}")
+    # A kill may have come when the output was there and the store did not know it yet.
+    published = all(draft.done(name) for name in units) and holds(ctx.output, ref.key, plan)
+    if not published:
+        folder.mkdir(parents=True, exist_ok=True)
+        draft.belongs(folder)
+        _write_shards(ctx, inputs, units, folder, draft)
     written = [draft.units[name]["meta"] for name in units]
     files = {m["file"]: {"size": m["size"], "digest": m["digest"]} for m in written}
     draft.meta |= {"files": files, "carried": base.carried, "units": list(units)}
-    _finish_folder(ctx, ref, inputs, plan, folder, files)
-    # Another merge may have taken the place in the meantime.
-    check_destination(ctx, ref, force=force)
-    publish(folder, ctx.output)
+    if not published:
+        _finish_folder(ctx, ref, inputs, plan, folder, files)
+        # Another merge may have taken the place in the meantime.
+        check_destination(ctx, ref, force=force)
+        publish(folder, ctx.output)
     memo = DigestMemo(ctx.store.root)
     for file, record in files.items():
         memo.remember(ctx.output / file, (ctx.output / file).stat(), record["digest"])
+
+
+def _write_shards(
+    ctx: Context, inputs: Inputs, units: dict[str, Shard], folder: Path, draft: Draft
+) -> None:
+    """Every shard that an earlier attempt has not left in the folder."""
+    editor = make_editor(ctx, inputs)
+    gradients = ctx.store.open(inputs.scores)
+    for number, (name, shard) in enumerate(units.items(), start=1):
+        target = folder / shard.file
+        if not (draft.done(name) and target.exists()):
+            with draft.unit(name) as unit:
+                unit.meta["file"] = shard.file
+                unit.meta |= _write_shard(editor, gradients, shard, target, unit)
+        ctx.progress(STAGE, number, len(units), "shards")
 
 
 def shard_units(plan: list[Shard]) -> dict[str, Shard]:

@@ -114,6 +114,26 @@ def test_a_second_output_of_the_same_merge_is_written_and_the_first_stays(
     assert statuses(staged(pair, folder / "store", folder / "out"))["apply"] == "reused"
 
 
+def test_an_output_that_the_store_has_not_heard_of_is_not_written_again(
+    finished: tuple[TinyPair, Path],
+) -> None:
+    pair, folder = finished
+    before = weight_bytes(folder / "out")
+    made = {file.name: file.stat().st_mtime_ns for file in (folder / "out").iterdir()}
+    # As a kill leaves it between the output's appearance and the artifact's manifest.
+    artifact = Store(folder / "store").artifacts("apply")[0]
+    draft = artifact.rename(artifact.with_name(f".draft-{artifact.name}"))
+    units = json.loads((draft / "manifest.json").read_text())["units"]
+    lines = [json.dumps({"unit": name, **record}) for name, record in units.items()]
+    (draft / "units.jsonl").write_text("\n".join(lines) + "\n")
+    (draft / "manifest.json").unlink()
+    again = staged(pair, folder / "store", folder / "out")
+    assert statuses(again)["apply"] == "resumed"
+    assert weight_bytes(folder / "out") == before
+    assert {f.name: f.stat().st_mtime_ns for f in (folder / "out").iterdir()} == made
+    assert not list(folder.glob(".out.draft-*"))
+
+
 def test_an_output_that_lost_a_side_file_is_written_again(
     finished: tuple[TinyPair, Path],
 ) -> None:
