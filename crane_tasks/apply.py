@@ -5,6 +5,7 @@ weights themselves lie in the output folder.
 """
 
 import json
+import math
 from collections import defaultdict
 from dataclasses import astuple, dataclass, fields
 from importlib import metadata
@@ -24,6 +25,7 @@ from crane_tasks.check import load_tokenizer
 from crane_tasks.context import Context
 from crane_tasks.edit import Edited, Editor, row_factors
 from crane_tasks.errors import RecipeError
+from crane_tasks.gradients import SETS, open_gradients, read_gradient
 from crane_tasks.models.checkpoint import CARD, Checkpoint
 from crane_tasks.models.layout import Slot
 from crane_tasks.models.safetensors_io import DTYPES, Entry, ShardWriter, read_rows
@@ -39,7 +41,7 @@ from crane_tasks.output import (
     shard_plan,
     write_index,
 )
-from crane_tasks.scores import SETS, read_gradient, read_scores
+from crane_tasks.scores import read_scores
 from crane_tasks.tables import read_table, write_table
 from crane_tasks.threshold import PLAIN
 
@@ -124,20 +126,25 @@ def check_rows(ctx: Context) -> None:
         row_factors(getattr(ctx.recipe.merge, name), len(tokenizer), tokenizer, f"merge.{name}")
 
 
-def build_apply(ctx: Context, ref: Ref, inputs: Inputs, *, force: bool = False) -> Built:
-    """Make or find the merged checkpoint. Reused only if the output folder still holds it."""
+def build_apply(
+    ctx: Context, ref: Ref, inputs: Inputs, gradients: Ref, *, force: bool = False
+) -> Built:
+    """Make or find the merged checkpoint. Reused only if the output folder still holds it.
+
+    `gradients` that were kept predict the change of loss; they decide nothing.
+    """
     check_destination(ctx, ref, force=force)
     plan = shard_plan(ctx.pair().base, ctx.recipe.run.shard_size)
 
     def write(draft: Draft) -> None:
-        write_apply(ctx, ref, inputs, draft, force=force)
+        write_apply(ctx, ref, inputs, gradients, draft, force=force)
 
     # The record alone is not enough: the output may be elsewhere, moved or deleted.
     return ctx.store.build(ref, SCHEMA, write, complete=lambda: holds(ctx.output, ref.key, plan))
 
 
 def write_apply(
-    ctx: Context, ref: Ref, inputs: Inputs, draft: Draft, *, force: bool = False
+    ctx: Context, ref: Ref, inputs: Inputs, gradients: Ref, draft: Draft, *, force: bool = False
 ) -> None:
     """Unit of work: an output shard. The folder appears when all of it is written."""
     base = ctx.pair().base
@@ -149,7 +156,7 @@ def write_apply(
     if not published:
         folder.mkdir(parents=True, exist_ok=True)
         draft.belongs(folder)
-        _write_shards(ctx, inputs, units, folder, draft)
+        _write_shards(ctx, inputs, gradients, units, folder, draft)
     written = [draft.units[name]["meta"] for name in units]
     files = {m["file"]: {"size": m["size"], "digest": m["digest"]} for m in written}
     draft.meta |= {"files": files, "carried": base.carried, "units": list(units)}
@@ -164,17 +171,22 @@ def write_apply(
 
 
 def _write_shards(
-    ctx: Context, inputs: Inputs, units: dict[str, Shard], folder: Path, draft: Draft
+    ctx: Context,
+    inputs: Inputs,
+    gradients: Ref,
+    units: dict[str, Shard],
+    folder: Path,
+    draft: Draft,
 ) -> None:
     """Every shard that an earlier attempt has not left in the folder."""
     editor = make_editor(ctx, inputs)
-    gradients = ctx.store.open(inputs.scores)
+    kept = open_gradients(ctx.store, gradients)
     for number, (name, shard) in enumerate(units.items(), start=1):
         target = folder / shard.file
         if not (draft.done(name) and target.exists()):
             with draft.unit(name) as unit:
                 unit.meta["file"] = shard.file
-                unit.meta |= _write_shard(editor, gradients, shard, target, unit)
+                unit.meta |= _write_shard(editor, kept, shard, target, unit)
         ctx.progress(STAGE, number, len(units), "shards")
 
 
@@ -218,7 +230,7 @@ def make_editor(ctx: Context, inputs: Inputs) -> Editor:
 
 
 def _write_shard(
-    editor: Editor, gradients: Artifact, shard: Shard, target: Path, unit: Unit
+    editor: Editor, gradients: Artifact | None, shard: Shard, target: Path, unit: Unit
 ) -> dict[str, Any]:
     """Write one file front to back; returns its size and digest."""
     base = editor.base
@@ -266,7 +278,7 @@ def _copy(entry: Entry, writer: ShardWriter) -> None:
 
 
 def _predicted(
-    gradients: Artifact, slot: Slot, expert: int, edited: Edited, change: list[float]
+    gradients: Artifact | None, slot: Slot, expert: int, edited: Edited, change: list[float]
 ) -> list[float]:
     """Add Σ g · (realised edit) for both sets; NaN where no gradient was stored.
 
@@ -274,15 +286,14 @@ def _predicted(
     """
     if slot.component in PLAIN:
         return change
+    if gradients is None:
+        return [math.nan] * len(SETS)
     realised = edited.stored.float() - edited.base.float()
     found: list[float] = []
     for name, before in zip(SETS, change, strict=True):
-        gradient: Tensor | None = read_gradient(gradients, name, slot, expert)
-        if gradient is None:
-            found.append(float("nan"))
-        else:
-            wide = gradient.to(realised.device).float()
-            found.append(before + float((wide * realised).sum(dtype=torch.float64)))
+        gradient = read_gradient(gradients, name, slot, expert if slot.stacked else None)
+        wide = gradient.to(realised.device).float()
+        found.append(before + float((wide * realised).sum(dtype=torch.float64)))
     return found
 
 

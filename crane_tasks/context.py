@@ -15,6 +15,7 @@ from crane_tasks.check import check_pair
 from crane_tasks.data import load_rows
 from crane_tasks.errors import CheckpointError, RecipeError
 from crane_tasks.models.checkpoint import INDEX, SINGLE, TOKENIZER_FILES, Pair, side_files
+from crane_tasks.models.pace import Step
 from crane_tasks.recipe import Recipe
 
 GENERATION = "generation_config.json"
@@ -24,11 +25,14 @@ HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.jinja", "*.model"]
 class Progress(Protocol):
     """Hears how far a stage has come."""
 
-    def __call__(self, stage: str, done: int, total: int, what: str) -> None:
-        """`done` of `total` steps; `what` names the step, e.g. "layers"."""
+    def __call__(self, stage: str, done: int, total: int, what: str, bar: str = "") -> None:
+        """`done` of `total` steps; `what` names the step, e.g. "layers".
+
+        `bar` names a second bar below the stage's own, e.g. "items" within a layer.
+        """
 
 
-def no_progress(stage: str, done: int, total: int, what: str) -> None:
+def no_progress(stage: str, done: int, total: int, what: str, bar: str = "") -> None:
     """For callers that show nothing."""
 
 
@@ -69,6 +73,12 @@ class Context:
     def compute_dtype(self) -> torch.dtype:
         dtype: torch.dtype = getattr(torch, self.compute)
         return dtype
+
+    def show_step(self, stage: str, step: Step) -> None:
+        """A walk's step as two bars: the walk, and the items within a layer."""
+        self.progress(stage, step.done, step.total, str(step))
+        if not step.between:
+            self.progress(stage, step.batch, step.batches, "batches of items", bar="items")
 
     def pair(self) -> Pair:
         """Both checkpoints' headers, read once per process."""

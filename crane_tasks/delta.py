@@ -146,3 +146,12 @@ def read_delta(artifact: Artifact, slot: Slot, base: Tensor, expert: int = 0) ->
     """The float32 delta of one tensor, rebuilt from the artifact and the base."""
     index = expert if slot.stacked else ...
     return decode(base, artifact.read(slot.unit, slot.array_name, index))
+
+
+def read_stacked_delta(artifact: Artifact, slot: Slot, base: Tensor, experts: slice) -> Tensor:
+    """The float32 delta of some experts of a slot, on the device of `base` [n, out, in].
+
+    A plain tensor is a stack of one.
+    """
+    code = artifact.read(slot.unit, slot.array_name, experts if slot.stacked else ...)
+    return decode(base, code.to(base.device).reshape(base.shape))

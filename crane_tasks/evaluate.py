@@ -215,7 +215,9 @@ def write_measurements(ctx: Context, folder: Path, sets: EvaluationSets, draft: 
         if draft.done(name):
             continue
         tokens = read_set(ctx.store.open(ref))
-        losses, states = item_losses(stream, tokens.items(), lambda at, of: None)
+        losses, states = item_losses(
+            stream, tokens.items(), lambda step: ctx.show_step(STAGE, step)
+        )
         with draft.unit(name) as unit:
             unit.write("losses", torch.tensor(losses, dtype=torch.float64))
             if name == "agent":
@@ -332,10 +334,11 @@ def _log_probabilities(ctx: Context, folder: Path, states: Tensor) -> list[Tenso
         Checkpoint.open(folder), device=ctx.torch_device, compute=ctx.compute_dtype
     )
     blocks = []
-    for block in torch.split(states, POSITION_BLOCK):
-        hidden = block[None].to(device=ctx.torch_device, dtype=ctx.compute_dtype)
-        positions = torch.arange(block.shape[0], device=ctx.torch_device)
-        blocks.append(stream.logits(hidden, positions).float().log_softmax(-1).cpu())
+    with stream.head():
+        for block in torch.split(states, POSITION_BLOCK):
+            hidden = block[None].to(device=ctx.torch_device, dtype=ctx.compute_dtype)
+            positions = torch.arange(block.shape[0], device=ctx.torch_device)
+            blocks.append(stream.logits(hidden, positions).float().log_softmax(-1).cpu())
     return blocks
 
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from artifacts.store import sync_folder
-from crane_tasks.errors import OutputError, RecipeError
+from crane_tasks.errors import OutputError
 from crane_tasks.models.checkpoint import INDEX, SINGLE, Checkpoint, side_files
 from crane_tasks.models.safetensors_io import Entry
 
 PROVENANCE = "crane.json"
 RECIPE_COPY = "crane_recipe.yaml"
-UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 @dataclass(frozen=True)
@@ -28,23 +26,7 @@ class Shard:
     metadata: Mapping[str, str]
 
 
-def parse_size(value: int | str) -> int:
-    """Bytes from a number or from "5GB".
-
-    Raises:
-        RecipeError: it is neither.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?B?)", str(value).strip().upper())
-    unit = match.group(2) if match else None
-    if unit is not None and unit != "B" and unit and not unit.endswith("B"):
-        unit += "B"
-    size = int(float(match.group(1)) * UNITS["" if unit == "B" else unit or ""]) if match else 0
-    if size <= 0:
-        raise RecipeError(f"run.shard_size: {value!r} is no size; write bytes or 5GB")
-    return size
-
-
-def shard_plan(base: Checkpoint, shard_size: int | str | None) -> list[Shard]:
+def shard_plan(base: Checkpoint, shard_size: int | None) -> list[Shard]:
     """The base's own files, or its tensors in order filled into files of at most `shard_size`.
 
     A tensor larger than that has a file of its own.
@@ -58,10 +40,9 @@ def shard_plan(base: Checkpoint, shard_size: int | str | None) -> list[Shard]:
             )
             for file in base.files
         ]
-    limit = parse_size(shard_size)
     groups: list[list[Entry]] = [[]]
     for entry in base.entries.values():
-        if groups[-1] and sum(e.nbytes for e in groups[-1]) + entry.nbytes > limit:
+        if groups[-1] and sum(e.nbytes for e in groups[-1]) + entry.nbytes > shard_size:
             groups.append([])
         groups[-1].append(entry)
     metadata = base.metadata[base.files[0]]

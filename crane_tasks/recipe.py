@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, PrivateAttr, ValidationError
 
 from crane_tasks.errors import RecipeError
 
@@ -118,7 +118,12 @@ class Run(Section):
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     store: str | None = Field(default=None, description="folder; default ./crane-store")
     output: str | None = Field(default=None, description="folder; default ./merged/NAME-...")
-    shard_size: int | str | None = Field(default=None, description='bytes, or "5GB"')
+    shard_size: ByteSize | None = Field(default=None, gt=0, description='bytes, or "5GB"')
+    state_memory: ByteSize | None = Field(
+        default=None,
+        ge=0,
+        description="hidden states of a walk held in memory; the rest is read back from disk",
+    )
     threads: int | None = Field(default=None, gt=0)
 
 

@@ -3,85 +3,149 @@
 What is stored does not depend on the baseline: S is aggregated when it is read.
 """
 
-from collections.abc import Mapping
-from dataclasses import astuple, dataclass, fields
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from artifacts.ref import Ref
 from artifacts.schema import Schema
-from artifacts.store import Artifact, Built, Draft, Unit
+from artifacts.store import Artifact, Built, Draft
 from crane_tasks.calibration import read_set
 from crane_tasks.context import Context
-from crane_tasks.delta import read_delta
+from crane_tasks.delta import read_stacked_delta
 from crane_tasks.errors import BadInput, ScoreError
+from crane_tasks.gradients import (
+    KEPT,
+    SETS,
+    open_gradients,
+    read_gradient,
+    write_gradients,
+)
+from crane_tasks.gradients import SCHEMA as GRADIENTS
 from crane_tasks.models.checkpoint import Checkpoint
 from crane_tasks.models.gradients import Gradients, GradientWalk
 from crane_tasks.models.layout import Layout, Slot, unit_name
 from crane_tasks.models.states import States
 from crane_tasks.models.stream import LayerStream
-from crane_tasks.numerics.gate import GainSums, NoGain, gain_sums, normalised, pooled
+from crane_tasks.numerics.gate import GainSums, NoGain, normalised, pooled, stacked_gain_sums
 from crane_tasks.tables import read_table, write_table
 from crane_tasks.threshold import PLAIN
 
 STAGE = "scores"
-VERSION = 1
-SETS = ("reasoning", "agent")
+VERSION = 2
 COLUMNS = [f.name for f in fields(GainSums)]
 SCHEMA = Schema(
-    arrays={
-        "tensors": ("float64",),
-        r"(reasoning|agent)\.losses": ("float64",),
-        r"(reasoning|agent)\..+": ("bfloat16",),
-    }
+    arrays={"tensors": ("float64",), r"(reasoning|agent)\.losses": ("float64",)},
 )
+# Weights of a stack of experts that are scored at once: some float32 copies of them are
+# small beside a layer's gradients, and enough to fill a GPU.
+AT_ONCE = 32 * 2**20
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What the scores are made from."""
+
+    delta: Ref
+    reasoning: Ref
+    agent: Ref
+    gradients: Ref
 
 
 def scores_ref(ctx: Context, delta: Ref, reasoning: Ref, agent: Ref) -> Ref:
-    """The key. The baseline is not in it: it enters when the sums are read."""
-    gate = ctx.recipe.gate
-    config = {"store_gradients": gate.store_gradients, "compute": ctx.compute}
+    """The key. The baseline is not in it: it enters when the sums are read.
+
+    Nor is `store_gradients`: kept or not, the scores are the same.
+    """
     inputs = {
         "base": ctx.base_id,
         "delta": delta.key,
         "reasoning": reasoning.key,
         "agent": agent.key,
     }
-    return Ref(STAGE, VERSION, config, inputs)
+    return Ref(STAGE, VERSION, {"compute": ctx.compute}, inputs)
 
 
-def build_scores(ctx: Context, ref: Ref, delta: Ref, reasoning: Ref, agent: Ref) -> Built:
-    """Make or find the scores."""
+def build_scores(ctx: Context, ref: Ref, sources: Sources) -> Built:
+    """Make or find the scores; gradients that were kept are used again."""
+    store = ctx.store
+
+    def walk(draft: Draft, keep: Draft | None) -> None:
+        sets = {"reasoning": store.open(sources.reasoning), "agent": store.open(sources.agent)}
+        walk_scores(ctx, store.open(sources.delta), sets, draft, keep)
 
     def write(draft: Draft) -> None:
-        sets = {"reasoning": ctx.store.open(reasoning), "agent": ctx.store.open(agent)}
-        write_scores(ctx, ctx.store.open(delta), sets, draft)
+        if ctx.recipe.gate.store_gradients:
+            store.build(sources.gradients, GRADIENTS, lambda keep: walk(draft, keep))
+        if kept := open_gradients(store, sources.gradients):
+            rescore(ctx, store.open(sources.delta), kept, draft)
+        else:
+            walk(draft, None)
 
-    return ctx.store.build(ref, SCHEMA, write)
+    return store.build(ref, SCHEMA, write)
 
 
-def write_scores(ctx: Context, delta: Artifact, sets: Mapping[str, Artifact], draft: Draft) -> None:
-    """Unit of work: a decoder layer, both sets. One layer in memory at a time."""
+def walk_scores(
+    ctx: Context, delta: Artifact, sets: Mapping[str, Artifact], draft: Draft, keep: Draft | None
+) -> None:
+    """Take the gradients and score them; one layer in memory at a time.
+
+    Unit of work: a decoder layer, both sets. The gradients go to `keep` first, if given.
+    """
     base = ctx.pair().base
     stream = LayerStream(base, device=ctx.torch_device, compute=ctx.compute_dtype)
-    items = {name: read_set(artifact).items() for name, artifact in sets.items()}
-    places = {name: read_set(artifact).places for name, artifact in sets.items()}
-    walk = GradientWalk(stream, items, States(draft.scratch))
+    tokens = {name: read_set(artifact) for name, artifact in sets.items()}
+    states = States(draft.scratch, ctx.recipe.run.state_memory)
+    items = {name: found.items() for name, found in tokens.items()}
+    walk = GradientWalk(stream, items, states, kept=KEPT)
+    slots = dict(base.layers())
 
     def visit(layer: int | None, gradients: dict[str, Gradients]) -> None:
         if layer is None:
-            _refuse_bad_losses(walk.losses, places)
-        grads = {name: by_slot(base, layer, gradients[name]) for name in SETS}
-        with draft.unit(unit_name(layer)) as unit:
-            _write_layer(ctx, delta, unit, layer, grads)
-            if layer is None:
-                for name in SETS:
-                    losses = torch.tensor(walk.losses[name], dtype=torch.float64)
-                    unit.write(f"{name}.losses", losses)
+            _refuse_bad_losses(walk.losses, {n: found.places for n, found in tokens.items()})
+        unit = unit_name(layer)
+        gated = [slot for slot in slots[layer] if slot.component not in PLAIN]
+        found = {name: by_slot(base, layer, gradients[name]) for name in SETS}
+        losses = _losses(walk) if layer is None else {}
+        if keep is not None:
+            write_gradients(keep, gated, unit, found, losses)
 
-    done = {layer for layer, _ in base.layers() if draft.done(unit_name(layer))}
-    walk.run(visit, done, lambda at, of: ctx.progress(STAGE, at, of, "layer passes"))
+        def gradient(name: str, slot: Slot, experts: slice | None) -> Tensor:
+            whole = found[name][slot.name]
+            return whole if experts is None else whole[experts]
+
+        _write_unit(ctx, delta, draft, unit, gated, gradient, losses)
+
+    done = {
+        layer
+        for layer in slots
+        if draft.done(unit_name(layer)) and (keep is None or keep.done(unit_name(layer)))
+    }
+    walk.run(visit, done, lambda step: ctx.show_step(STAGE, step))
+
+
+def rescore(ctx: Context, delta: Artifact, kept: Artifact, draft: Draft) -> None:
+    """Score gradients that were kept, for another delta or after a kill. No pass is made."""
+
+    def gradient(name: str, slot: Slot, experts: slice | None) -> Tensor:
+        return read_gradient(kept, name, slot, experts)
+
+    groups = list(ctx.pair().base.layers())
+    for number, (layer, slots) in enumerate(groups):
+        unit = unit_name(layer)
+        if not draft.done(unit):
+            gated = [slot for slot in slots if slot.component not in PLAIN]
+            losses = {n: kept.read(unit, f"{n}.losses") for n in SETS} if layer is None else {}
+            _write_unit(ctx, delta, draft, unit, gated, gradient, losses)
+            ctx.progress(STAGE, number + 1, len(groups), "layers from kept gradients")
+
+
+def _losses(walk: GradientWalk) -> dict[str, Tensor]:
+    return {name: torch.tensor(walk.losses[name], dtype=torch.float64) for name in SETS}
 
 
 def _refuse_bad_losses(losses: Mapping[str, list[float]], places: Mapping[str, list[str]]) -> None:
@@ -109,39 +173,46 @@ def by_slot(base: Checkpoint, layer: int | None, gradients: Gradients) -> dict[s
     return found
 
 
-def _write_layer(
+class GradientOf(Protocol):
+    """A set's gradient of a slot: a tensor, or some experts of a stack."""
+
+    def __call__(self, name: str, slot: Slot, experts: slice | None) -> Tensor:
+        """In the dtype in which gradients are kept, on any device."""
+
+
+def _write_unit(
     ctx: Context,
     delta: Artifact,
-    unit: Unit,
-    layer: int | None,
-    gradients: Mapping[str, Mapping[str, Tensor]],
+    draft: Draft,
+    name: str,
+    slots: list[Slot],
+    gradient: GradientOf,
+    losses: Mapping[str, Tensor],
 ) -> None:
-    base = ctx.pair().base
-    rows: list[tuple[str, str, tuple[float, ...]]] = []
-    slots = next(slots for at, slots in base.layers() if at == layer)
+    """The gate's sums of every tensor of a unit, computed on the device."""
+    base, device = ctx.pair().base, ctx.torch_device
+    rows: list[tuple[str, str, list[float]]] = []
     for slot in slots:
-        if slot.component in PLAIN:
-            continue
-        both = [gradients[name][slot.name] for name in SETS]
-        for expert in range(len(base.pieces[slot.name])):
-            g_r, g_a = ((g[expert] if slot.stacked else g).cpu() for g in both)
-            weight = base.read(slot.name, expert)
-            step = read_delta(delta, slot, weight, expert)
-            sums = gain_sums(weight.float(), step, g_r, g_a)
-            rows.append((slot.tensor_name(expert), slot.component, astuple(sums)))
-        if ctx.recipe.gate.store_gradients:
-            for name, gradient in zip(SETS, both, strict=True):
-                kept = gradient.to(torch.bfloat16)
-                unit.write(f"{name}.{slot.array_name}", kept, stacked=slot.stacked)
-    write_table(unit, "tensors", COLUMNS, rows)
+        for experts in _portions(base, slot):
+            weight = base.read_stack(slot.name, experts).to(device)
+            step = read_stacked_delta(delta, slot, weight, experts)
+            grads = [gradient(k, slot, experts if slot.stacked else None) for k in SETS]
+            g_r, g_a = (g.to(device).reshape(weight.shape) for g in grads)
+            sums = stacked_gain_sums(weight, step, g_r, g_a).tolist()
+            names = [slot.tensor_name(e) for e in range(experts.start, experts.stop)]
+            rows += [(n, slot.component, row) for n, row in zip(names, sums, strict=True)]
+    with draft.unit(name) as unit:
+        write_table(unit, "tensors", COLUMNS, rows)
+        for key, values in losses.items():
+            unit.write(f"{key}.losses", values)
 
 
-def read_gradient(artifact: Artifact, name: str, slot: Slot, expert: int = 0) -> Tensor | None:
-    """g_R (`name` "reasoning") or g_A ("agent") of one tensor in bf16, if it was stored."""
-    array = f"{name}.{slot.array_name}"
-    if not artifact.has(slot.unit, array):
-        return None
-    return artifact.read(slot.unit, array, expert if slot.stacked else ...)
+def _portions(base: Checkpoint, slot: Slot) -> Iterator[slice]:
+    """The experts of a slot in runs of about `AT_ONCE` weights (of a plain tensor, the one)."""
+    pieces = base.pieces[slot.name]
+    step = max(1, AT_ONCE // max(1, math.prod(pieces[0].shape)))
+    for first in range(0, len(pieces), step):
+        yield slice(first, min(first + step, len(pieces)))
 
 
 @dataclass(frozen=True)

@@ -39,11 +39,12 @@ from crane_tasks.evaluate import (
     heldout_section,
     read_comparison,
 )
+from crane_tasks.gradients import gradients_ref
 from crane_tasks.projector import build_projector, projector_ref
 from crane_tasks.recipe import Recipe
 from crane_tasks.report import Facts, write_report
 from crane_tasks.room import check_room, sizes_of
-from crane_tasks.scores import Scores, build_scores, read_scores, scores_ref
+from crane_tasks.scores import Scores, Sources, build_scores, read_scores, scores_ref
 from crane_tasks.threshold import build_threshold, threshold_ref
 
 STAGES = ("calibration", "delta", "threshold", "scores", "projector", "apply", "evaluate")
@@ -70,11 +71,17 @@ class Refs:
     calibration: CalibrationRefs
     delta: Ref
     threshold: Ref
+    gradients: Ref
     scores: Ref
     projector: Ref
     apply: Ref
     evaluate: Ref
     sets: EvaluationSets
+
+    @property
+    def gate(self) -> Sources:
+        sets = self.calibration
+        return Sources(self.delta, sets.reasoning, sets.agent, self.gradients)
 
     @property
     def inputs(self) -> Inputs:
@@ -91,12 +98,13 @@ def all_refs(ctx: Context) -> Refs:
     calibration = calibration_refs(ctx)
     delta = delta_ref(ctx)
     threshold = threshold_ref(ctx, delta)
+    gradients = gradients_ref(ctx, calibration.reasoning, calibration.agent)
     scores = scores_ref(ctx, delta, calibration.reasoning, calibration.agent)
     projector = projector_ref(ctx, calibration.format)
     apply = apply_ref(ctx, Inputs(delta, threshold, scores, projector))
     sets = evaluation_sets(ctx, calibration.targets())
     evaluate = evaluate_ref(ctx, apply.key, sets)
-    return Refs(calibration, delta, threshold, scores, projector, apply, evaluate, sets)
+    return Refs(calibration, delta, threshold, gradients, scores, projector, apply, evaluate, sets)
 
 
 def check_cheap(ctx: Context, refs: Refs, *, force: bool) -> None:
@@ -131,11 +139,11 @@ def _disk_needs(ctx: Context, refs: Refs, *, written: bool) -> list[tuple[Path, 
     needs = []
     if not store.has(refs.delta):
         needs.append((store.root, sizes.total - store.drafted_bytes(refs.delta), "delta"))
-    if not store.has(refs.scores):
+    if not (store.has(refs.scores) or store.has(refs.gradients)):
         kept = 2 * sizes.gated if ctx.recipe.gate.store_gradients else 0
         row = base.config["hidden_size"] * ctx.compute_dtype.itemsize
         states = count_tokens(ctx) * row * (base.num_layers + 1)
-        there = store.drafted_bytes(refs.scores)
+        there = store.drafted_bytes(refs.scores) + store.drafted_bytes(refs.gradients)
         needs.append((store.root, kept + states - there, "gradients and hidden states"))
     if not written:
         needs.append((ctx.output, sizes.total, "output"))
@@ -195,7 +203,7 @@ def build_gate(ctx: Context, refs: Refs, call: Call) -> list[Built]:
     return [
         call("delta", build_delta, ctx, r.delta),
         call("calibration", build_calibration, ctx, c),
-        call("scores", build_scores, ctx, r.scores, r.delta, c.reasoning, c.agent),
+        call("scores", build_scores, ctx, r.scores, r.gate),
     ]
 
 
@@ -207,14 +215,14 @@ def build_all(ctx: Context, refs: Refs, call: Call, *, force: bool) -> list[Buil
     built += [
         call("threshold", build_threshold, ctx, r.threshold, r.delta),
         call("projector", build_projector, ctx, r.projector, r.calibration.format),
-        call("apply", _build_apply, ctx, r.apply, r.inputs, force),
+        call("apply", _build_apply, ctx, r.apply, r.inputs, r.gradients, force),
         call("evaluate", build_evaluate, ctx, r.evaluate, r.apply, r.sets),
     ]
     return sorted(built, key=lambda b: STAGES.index(b.ref.stage))
 
 
-def _build_apply(ctx: Context, ref: Ref, inputs: Inputs, force: bool) -> Built:
-    return build_apply(ctx, ref, inputs, force=force)
+def _build_apply(ctx: Context, ref: Ref, inputs: Inputs, gradients: Ref, force: bool) -> Built:
+    return build_apply(ctx, ref, inputs, gradients, force=force)
 
 
 def healing(store: Store, work: Callable[[], T], notice: Callable[[str], None]) -> T:

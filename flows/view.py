@@ -29,13 +29,13 @@ class View:
         self._bars = Progress(
             TextColumn("{task.description:>12}"),
             BarColumn(),
-            TextColumn("{task.completed:.0f}/{task.total:.0f} {task.fields[what]}"),
+            TextColumn("{task.percentage:>3.0f} %  {task.fields[what]}"),
             TimeRemainingColumn(),
             console=self.err,
             transient=True,
             disable=not self.err.is_terminal,
         )
-        self._tasks: dict[str, TaskID] = {}
+        self._tasks: dict[tuple[str, str], TaskID] = {}
 
     def __enter__(self) -> "View":
         self._bars.start()
@@ -49,12 +49,12 @@ class View:
     ) -> None:
         self._bars.stop()
 
-    def progress(self, stage: str, done: int, total: int, what: str) -> None:
-        """A stage has come so far; its bar goes when it is full."""
-        key = f"{stage} {what}"
+    def progress(self, stage: str, done: int, total: int, what: str, bar: str = "") -> None:
+        """A stage has come so far; a bar goes when it is full."""
+        key = (stage, bar)
         if key not in self._tasks:
-            self._tasks[key] = self._bars.add_task(stage, total=total, what=what)
-        self._bars.update(self._tasks[key], completed=done, total=total)
+            self._tasks[key] = self._bars.add_task(bar or stage, total=total, what=what)
+        self._bars.update(self._tasks[key], completed=done, total=total, what=what)
         if done >= total:
             self._bars.remove_task(self._tasks.pop(key))
 

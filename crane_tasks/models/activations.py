@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from crane_tasks.models.batches import batched, plan_mark, token_limit
 from crane_tasks.models.layout import Site
+from crane_tasks.models.pace import Pace, Progress
 from crane_tasks.models.states import States
 from crane_tasks.models.stream import LayerStream
 
@@ -94,7 +95,7 @@ def walk_activations(
     states: States,
     done: Collection[int],
     visit: Callable[[int, Sums], None],
-    progress: Callable[[int, int], None],
+    progress: Progress,
 ) -> None:
     """Push the items through all layers: token ids int64 [T], mask of the rows taken bool [T].
 
@@ -102,8 +103,10 @@ def walk_activations(
     visited layer is kept in `states`, so that a killed walk resumes behind it.
     """
     batches = batched([ids for ids, _ in items], token_limit(stream.device))
-    entered = [stream.enter(batch.ids) for batch in batches]
-    hidden = [h.cpu() for h, _ in entered]
+    with stream.embedding():
+        entered = [stream.enter(batch.ids) for batch in batches]
+    home = stream.home(3 * sum(h.nbytes for h, _ in entered))
+    hidden = [h.to(home) for h, _ in entered]
     states = states.within(plan_mark(batches))
     masks = [
         batch.rows([items[i][1] for i in batch.items], fill=False).flatten().to(stream.device)
@@ -112,16 +115,24 @@ def walk_activations(
     reached = max((i + 1 for i in done if states.has(f"behind.{i}")), default=0)
     if reached:
         hidden = states.load(f"behind.{reached - 1}")
-    for layer in range(reached, stream.num_layers):
-        with stream.layer(layer) as module:
-            taps = _Taps(module, sites, gram)
-            for index, (_, calls) in enumerate(entered):
-                taps.rows = masks[index]
-                state = hidden[index].to(stream.device)
-                hidden[index] = stream.run(module, state, calls[layer]).cpu()
-            taps.remove()
-        states.save(f"behind.{layer}", hidden)
-        if layer not in done:
-            visit(layer, taps.sums)
-        states.drop(f"behind.{layer - 1}")
-        progress(layer + 1, stream.num_layers)
+    count = stream.num_layers
+    tokens = [batch.ids.numel() for batch in batches]
+    pace = Pace(progress, layers=count, tokens=tokens, passes=count, skipped=reached)
+    stream.expect(range(reached, count))
+    try:
+        for layer in range(reached, count):
+            with stream.layer(layer) as module:
+                taps = _Taps(module, sites, gram)
+                for index, (_, calls) in enumerate(entered):
+                    taps.rows = masks[index]
+                    state = hidden[index].to(stream.device)
+                    hidden[index] = stream.run(module, state, calls[layer]).to(home)
+                    pace.batch("forward", layer, index, 1)
+                taps.remove()
+            states.save(f"behind.{layer}", hidden)
+            if layer not in done:
+                visit(layer, taps.sums)
+            states.drop(f"behind.{layer - 1}")
+            pace.layer()
+    finally:
+        states.flush()

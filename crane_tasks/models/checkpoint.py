@@ -5,6 +5,7 @@ stores its experts fused shows the same slots; only the bytes lie elsewhere.
 """
 
 import json
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -20,8 +21,11 @@ from crane_tasks.models.safetensors_io import (
     DTYPES,
     MERGEABLE,
     Entry,
+    Span,
+    byte_view,
     read_header,
     read_rows,
+    read_span,
 )
 
 INDEX = "model.safetensors.index.json"
@@ -62,6 +66,13 @@ class Piece:
     def dtype(self) -> torch.dtype:
         return DTYPES[self.entry.dtype]
 
+    @property
+    def span(self) -> Span:
+        """Its bytes in the file."""
+        width = math.prod(self.shape[1:]) * self.dtype.itemsize
+        count = math.prod(self.shape) * self.dtype.itemsize
+        return Span(self.entry.file, self.entry.start + self.first * width, count)
+
     def read(self, first: int = 0, last: int | None = None) -> Tensor:
         """The tensor in its stored dtype, or rows [first, last) of it."""
         rows = self.last - self.first
@@ -70,6 +81,19 @@ class Piece:
             return read_rows(self.entry, self.first, self.last, self.shape)
         shape = (last - first, *self.shape[1:])
         return read_rows(self.entry, self.first + first, self.first + last, shape)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a parameter's bytes lie: the spans one after the other are the whole of it."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    spans: tuple[Span, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(span.count for span in self.spans)
 
 
 @dataclass
@@ -141,6 +165,14 @@ class Checkpoint:
         """One tensor of a slot in its stored dtype."""
         return self.pieces[slot][expert].read()
 
+    def read_stack(self, slot: str, experts: slice) -> Tensor:
+        """Some experts of a slot, [n, out, in], in their stored dtype; [1, ...] of a plain one."""
+        pieces = self.pieces[slot][experts]
+        out = torch.empty((len(pieces), *pieces[0].shape), dtype=pieces[0].dtype)
+        for row, piece in zip(out, pieces, strict=True):
+            read_span(piece.span, byte_view(row))
+        return out
+
     def stored_parts(self, entry: Entry) -> list[tuple[str, int]]:
         """The (slot, expert) of a stored tensor's bytes, in the order of those bytes."""
         templates = self.layout.fused_match(entry.name)
@@ -150,30 +182,29 @@ class Checkpoint:
             return [(found[0].name, found[1])]
         return [(t, expert) for expert in range(entry.shape[0]) for t in templates]
 
-    def read_parameter(self, name: str) -> Tensor:
-        """A parameter of the transformers module, from however the file holds it.
+    def source(self, name: str) -> Source:
+        """Where a parameter of the transformers module lies, however the files hold it.
 
-        `name` is the module's name, whose experts are fused whatever the file does.
+        `name` is the module's name, whose experts are fused whatever the files do: then
+        the bytes of all parts, one after the other, are those of the fused parameter.
+
+        Raises:
+            CheckpointError: no tensor holds it.
         """
+        if name == "lm_head.weight" and self.tied:
+            return self.source("model.embed_tokens.weight")
         if name in self.entries:
             entry = self.entries[name]
-            return read_rows(entry, 0, _rows(entry.shape), entry.shape)
+            span = Span(entry.file, entry.start, entry.nbytes)
+            return Source(DTYPES[entry.dtype], entry.shape, (span,))
         templates = self.layout.fused_match(name)
         if templates is None:
-            if name == "lm_head.weight" and self.tied:
-                return self.read("model.embed_tokens.weight")
             raise CheckpointError(f"{self.folder}: no tensor for the parameter {name}")
-        first = self.pieces[templates[0]][0]
-        rows = sum(self.pieces[t][0].shape[0] for t in templates)
-        shape = (len(self.pieces[templates[0]]), rows, *first.shape[1:])
-        out = torch.empty(shape, dtype=first.dtype)
-        for expert in range(shape[0]):
-            row = 0
-            for template in templates:
-                part = self.pieces[template][expert].read()
-                out[expert, row : row + part.shape[0]] = part
-                row += part.shape[0]
-        return out
+        parts = [self.pieces[t] for t in templates]
+        rows = sum(pieces[0].shape[0] for pieces in parts)
+        shape = (len(parts[0]), rows, *parts[0][0].shape[1:])
+        spans = tuple(pieces[e].span for e in range(shape[0]) for pieces in parts)
+        return Source(parts[0][0].dtype, shape, spans)
 
     def _classify(self) -> None:
         found: dict[str, dict[int, Piece]] = defaultdict(dict)

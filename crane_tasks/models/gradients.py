@@ -7,59 +7,88 @@ recomputed with grad from its boundary, and the incoming gradient is pulled thro
 
 import math
 from collections.abc import Callable, Collection, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from crane_tasks.models.batches import Batch, batched, plan_mark, token_limit, unpadded
+from crane_tasks.models.pace import Pace, Progress
 from crane_tasks.models.states import States
 from crane_tasks.models.stream import Item, LayerCall, LayerStream
 
-Gradients = dict[str, Tensor]  # parameter name within its layer -> float32 gradient
+Gradients = dict[str, Tensor]  # parameter name within its layer -> gradient
 Sets = Mapping[str, list[Item]]
 Visit = Callable[[int | None, dict[str, Gradients]], None]
-Progress = Callable[[int, int], None]
+# A batch's way back costs its forward once more and twice that for the two gradients.
+BACKWARD = 3
 
 
 class Accumulator:
     """Adds up parameter gradients over batches in float32 (or wider), whatever the compute dtype.
 
-    Left to autograd, a bfloat16 parameter would collect its gradient in bfloat16.
+    Left to autograd, a bfloat16 parameter would collect its gradient in bfloat16. Each
+    gradient is taken as soon as it is there, so that only one of them is in memory beside
+    the sums; a single batch needs no sum.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         self._parameters = parameters
         self._sums: Gradients = {}
+        self._hooks = []
+        for name, parameter in parameters.items():
+            hooked: Any = parameter  # the method has no types
+            self._hooks.append(hooked.register_post_accumulate_grad_hook(self._taker(name)))
 
-    def collect(self) -> None:
-        """Take the gradients of one batch."""
-        for name, parameter in self._parameters.items():
-            if parameter.grad is None:
-                continue
-            if name in self._sums:
-                self._sums[name] += parameter.grad
-            else:
-                wide = torch.promote_types(parameter.grad.dtype, torch.float32)
-                self._sums[name] = parameter.grad.to(wide)
-            parameter.grad = None
-
-    def result(self) -> Gradients:
-        """The sums; a parameter that no item reached (an idle expert) has gradient 0."""
-        for name, parameter in self._parameters.items():
+    def _taker(self, name: str) -> Callable[[Tensor], None]:
+        def take(parameter: Tensor) -> None:
+            found, parameter.grad = parameter.grad, None
+            assert found is not None
             if name not in self._sums:
-                wide = torch.promote_types(parameter.dtype, torch.float32)
-                self._sums[name] = torch.zeros_like(parameter, dtype=wide)
-        return self._sums
+                self._sums[name] = found
+            else:
+                wide = torch.promote_types(found.dtype, torch.float32)
+                self._sums[name] = self._sums[name].to(wide).add_(found)
+
+        return take
+
+    def result(self, kept: torch.dtype | None) -> Gradients:
+        """The sums, rounded once to `kept` (None: float32 or wider); ends the collection.
+
+        A parameter that no item reached (an idle expert) has gradient 0.
+        """
+        for hook in self._hooks:
+            hook.remove()
+        found: Gradients = {}
+        for name, parameter in self._parameters.items():
+            dtype = kept or torch.promote_types(parameter.dtype, torch.float32)
+            if name in self._sums:
+                found[name] = self._sums.pop(name).to(dtype)
+            else:
+                found[name] = torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
+        return found
 
 
 class GradientWalk:
-    """Gradients of the mean item loss of each set, layer by layer."""
+    """Gradients of the mean item loss of each set, layer by layer.
+
+    Attributes:
+        losses: each item's mean token NLL, known once the head was visited.
+    """
 
     def __init__(
-        self, stream: LayerStream, sets: Sets, states: States, batch_tokens: int | None = None
+        self,
+        stream: LayerStream,
+        sets: Sets,
+        states: States,
+        *,
+        batch_tokens: int | None = None,
+        kept: torch.dtype | None = None,
     ) -> None:
+        """`kept`: the dtype to which a set's finished gradients are rounded, or None."""
         self._stream = stream
         self._sets = sets
+        self._kept = kept
         self._batches = [
             (name, batch)
             for name, items in sets.items()
@@ -70,11 +99,14 @@ class GradientWalk:
         self._states = states.within(plan_mark(batch for _, batch in self._batches))
         self._first: list[Tensor] = []
         self._calls: list[list[LayerCall]] = []
-        for _, batch in self._batches:
-            hidden, calls = stream.enter(batch.ids)
-            self._first.append(hidden.cpu())
-            self._calls.append(calls)
-        # Each item's mean token NLL, known once the head was visited.
+        with stream.embedding():
+            for _, batch in self._batches:
+                hidden, calls = stream.enter(batch.ids)
+                self._first.append(hidden)
+                self._calls.append(calls)
+        boundary = sum(hidden.nbytes for hidden in self._first)
+        self._home = stream.home((stream.num_layers + 2) * boundary)
+        self._first = [hidden.to(self._home) for hidden in self._first]
         self.losses: dict[str, list[float]] = {n: [math.nan] * len(i) for n, i in sets.items()}
 
     def run(self, visit: Visit, done: Collection[int | None], progress: Progress) -> None:
@@ -84,45 +116,71 @@ class GradientWalk:
         visited by an earlier, killed walk: they are not visited again, and not even walked
         if that walk's states are still there.
         """
+        count = self._stream.num_layers
+        if all(layer in done for layer in (None, *range(count))):
+            return
+        start = self._start(done)
+        reached = self._reached() if start is None else count
+        pace = Pace(
+            progress,
+            layers=count,
+            tokens=[batch.ids.numel() for _, batch in self._batches],
+            passes=count * (1 + BACKWARD),
+            skipped=reached + (0 if start is None else (count - start) * BACKWARD),
+        )
+        begin = count if start is None else start
+        self._stream.expect([*range(reached, count), *reversed(range(begin))])
+        try:
+            if start is None:
+                self._forward(reached, pace)
+            if start is None or None not in done:
+                self._head(visit, done)
+            self._back(begin, visit, done, pace)
+        finally:
+            # What has been reached is on disk before this run's memory goes.
+            self._states.flush()
+
+    def _start(self, done: Collection[int | None]) -> int | None:
+        """How many layers are still to walk back by what an earlier walk left, or None.
+
+        The gradient that enters the last of them is there, their states are, and the
+        layers behind them are done.
+        """
         count, states = self._stream.num_layers, self._states
-        total = 2 * count
-        pulled = [i for i in range(count + 1) if states.has(f"grad.{i}")]
-        start = min(pulled, default=count)
-        if not pulled:
-            self._forward(progress, total)
-        if not pulled or None not in done:
-            self._head(visit, done)
-        if start < count and start not in done:
-            start += 1  # that layer was walked, but the kill came before its visit
-        if start < count:
-            progress(total - start, total)
-        for layer in reversed(range(start)):
-            found = self._backward(layer)
-            if layer not in done:
-                visit(layer, found)
-            # Dropped only after the visit has committed the layer: a kill in between
-            # finds either the gradient that entered the layer, or the layer done.
-            states.drop(f"grad.{layer + 1}")
-            states.drop(f"hidden.{layer}")
-            progress(total - layer, total)
+        for start in range(1, count + 1):
+            if (
+                states.has(f"grad.{start}")
+                and all(layer in done for layer in range(start, count))
+                and all(states.has(f"hidden.{i}") for i in range(start))
+                and (None in done or states.has(f"hidden.{count}"))
+            ):
+                return start
+        # What else lies there is of no use to a walk that has other layers to visit.
+        for i in range(1, count + 1):
+            states.drop(f"grad.{i}")
+        return None
+
+    def _reached(self) -> int:
+        """The boundary up to which an earlier walk came forward."""
+        count, states = self._stream.num_layers, self._states
+        return next((i for i in range(count + 1) if not states.has(f"hidden.{i}")), count + 1) - 1
 
     @torch.no_grad()
-    def _forward(self, progress: Progress, total: int) -> None:
+    def _forward(self, reached: int, pace: Pace) -> None:
         stream, states = self._stream, self._states
-        count = stream.num_layers
-        reached = max((i for i in range(count + 1) if states.has(f"hidden.{i}")), default=None)
-        if reached is None:
+        if reached < 0:
             reached = 0
             states.save("hidden.0", self._first)
+        self._first = []
         hidden = states.load(f"hidden.{reached}")
-        for layer in range(reached, count):
+        for layer in range(reached, stream.num_layers):
             with stream.layer(layer) as module:
-                hidden = [
-                    stream.run(module, h.to(stream.device), calls[layer]).cpu()
-                    for h, calls in zip(hidden, self._calls, strict=True)
-                ]
+                for index, calls in enumerate(self._calls):
+                    state = hidden[index].to(stream.device)
+                    hidden[index] = stream.run(module, state, calls[layer]).to(self._home)
+                    pace.batch("forward", layer, index, 1)
             states.save(f"hidden.{layer + 1}", hidden)
-            progress(layer + 1, total)
+            pace.layer()
 
     def _head(self, visit: Visit, done: Collection[int | None]) -> None:
         """Loss, its gradient at the last state, and the gradients outside the layers."""
@@ -133,17 +191,17 @@ class GradientWalk:
         for p in stream.outside.values():
             p.requires_grad_(True)
         found: dict[str, Gradients] = {}
-        for name, items in self._sets.items():
-            sums = Accumulator(stream.outside)
-            for index, batch in self._of(name):
-                chosen = [items[i] for i in batch.items]
-                losses, grad = stream.losses(hidden[index].to(stream.device), chosen)
-                assert grad is not None
-                gradients[index] = grad.cpu()
-                for item, loss in zip(batch.items, losses, strict=True):
-                    self.losses[name][item] = loss
-                sums.collect()
-            found[name] = sums.result()
+        with stream.head():
+            for name, items in self._sets.items():
+                sums = Accumulator(stream.outside)
+                for index, batch in self._of(name):
+                    chosen = [items[i] for i in batch.items]
+                    losses, grad = stream.losses(hidden[index].to(stream.device), chosen)
+                    assert grad is not None
+                    gradients[index] = grad.to(self._home)
+                    for item, loss in zip(batch.items, losses, strict=True):
+                        self.losses[name][item] = loss
+                found[name] = sums.result(self._kept)
         for p in stream.outside.values():
             p.requires_grad_(False)
         states.save(f"grad.{count}", gradients)
@@ -155,7 +213,24 @@ class GradientWalk:
         """The batches of a set with their places in the lists of states."""
         return [(i, batch) for i, (owner, batch) in enumerate(self._batches) if owner == name]
 
-    def _backward(self, layer: int) -> dict[str, Gradients]:
+    def _back(self, begin: int, visit: Visit, done: Collection[int | None], pace: Pace) -> None:
+        states = self._states
+        for layer in reversed(range(begin)):
+            if layer > 0:
+                states.ask(f"hidden.{layer - 1}")
+            found, outgoing = self._backward(layer, pace)
+            if layer > 0:
+                states.save(f"grad.{layer}", outgoing)
+            if layer not in done:
+                visit(layer, found)
+            # Dropped only after the visit has committed the layer: a kill in between
+            # finds either the gradient that entered the layer, or the layer done.
+            states.drop(f"grad.{layer + 1}")
+            states.drop(f"hidden.{layer}")
+            pace.layer()
+
+    def _backward(self, layer: int, pace: Pace) -> tuple[dict[str, Gradients], list[Tensor]]:
+        """One layer's gradients per set, and the gradients of the states that enter it."""
         stream, states = self._stream, self._states
         hidden, incoming = states.load(f"hidden.{layer}"), states.load(f"grad.{layer + 1}")
         outgoing: list[Tensor] = [torch.empty(0)] * len(hidden)
@@ -164,15 +239,14 @@ class GradientWalk:
             for name in self._sets:
                 sums = Accumulator(dict(module.named_parameters()))
                 for index, _ in self._of(name):
-                    state = hidden[index].to(stream.device).requires_grad_(True)
+                    state = hidden[index].to(stream.device).detach().requires_grad_(True)
                     out = stream.run(module, state, self._calls[index][layer])
                     torch.autograd.backward(out, incoming[index].to(stream.device))
                     assert state.grad is not None
-                    outgoing[index] = state.grad.cpu()
-                    sums.collect()
-                found[name] = sums.result()
-        states.save(f"grad.{layer}", outgoing)
-        return found
+                    outgoing[index] = state.grad.to(self._home)
+                    pace.batch("backward", layer, index, BACKWARD)
+                found[name] = sums.result(self._kept)
+        return found, outgoing
 
 
 @torch.no_grad()
@@ -181,19 +255,26 @@ def item_losses(
 ) -> tuple[list[float], list[Tensor]]:
     """Each item's mean token NLL, and its state [T, d] after the last layer; forward only."""
     batches = batched([item.ids for item in items], token_limit(stream.device))
-    entered = [stream.enter(batch.ids) for batch in batches]
-    hidden = [h.cpu() for h, _ in entered]
-    for layer in range(stream.num_layers):
+    with stream.embedding():
+        entered = [stream.enter(batch.ids) for batch in batches]
+    home = stream.home(2 * sum(h.nbytes for h, _ in entered))
+    hidden = [h.to(home) for h, _ in entered]
+    count = stream.num_layers
+    tokens = [batch.ids.numel() for batch in batches]
+    pace = Pace(progress, layers=count, tokens=tokens, passes=count)
+    stream.expect(range(count))
+    for layer in range(count):
         with stream.layer(layer) as module:
-            hidden = [
-                stream.run(module, h.to(stream.device), calls[layer]).cpu()
-                for h, (_, calls) in zip(hidden, entered, strict=True)
-            ]
-        progress(layer + 1, stream.num_layers)
+            for index, (_, calls) in enumerate(entered):
+                state = hidden[index].to(stream.device)
+                hidden[index] = stream.run(module, state, calls[layer]).to(home)
+                pace.batch("forward", layer, index, 1)
+        pace.layer()
     losses, states = [math.nan] * len(items), [torch.empty(0)] * len(items)
-    for batch, h in zip(batches, hidden, strict=True):
-        found, _ = stream.losses(h.to(stream.device), [items[i] for i in batch.items])
-        own = unpadded(batch, h)
-        for place, loss, state in zip(batch.items, found, own, strict=True):
-            losses[place], states[place] = loss, state
+    with stream.head():
+        for batch, h in zip(batches, hidden, strict=True):
+            found, _ = stream.losses(h.to(stream.device), [items[i] for i in batch.items])
+            own = unpadded(batch, h)
+            for place, loss, state in zip(batch.items, found, own, strict=True):
+                losses[place], states[place] = loss, state
     return losses, states

@@ -109,18 +109,35 @@ def _entry(file: Path, name: str, spec: Any, origin: int, size: int) -> Entry:
     return Entry(name, dtype, shape, file, origin + start, origin + end)
 
 
-def read_bytes(file: Path, start: int, count: int) -> bytearray:
-    """`count` bytes from `start`; a short read is an error, never zeros."""
-    buffer = bytearray(count)
-    view = memoryview(buffer)
-    with file.open("rb", buffering=0) as stream:
+@dataclass(frozen=True)
+class Span:
+    """A range of bytes in a file."""
+
+    file: Path
+    start: int
+    count: int
+
+
+def read_span(span: Span, into: memoryview) -> None:
+    """Fill `into` with the span's bytes; a short read is an error, never zeros.
+
+    Raises:
+        CheckpointError: the file ends before the span does.
+    """
+    with span.file.open("rb", buffering=0) as stream:
         done = 0
-        while done < count:
-            got = os.preadv(stream.fileno(), [view[done : done + 2**30]], start + done)
+        while done < span.count:
+            part = into[done : min(done + 2**30, span.count)]
+            got = os.preadv(stream.fileno(), [part], span.start + done)
             if got == 0:
-                raise CheckpointError(f"{file}: ends before byte {start + count}")
+                raise CheckpointError(f"{span.file}: ends before byte {span.start + span.count}")
             done += got
-    return buffer
+
+
+def byte_view(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor on the CPU, to be read or written in place."""
+    array: Any = tensor.detach().flatten().view(torch.uint8).numpy()
+    return memoryview(array)
 
 
 def read_rows(entry: Entry, first: int, last: int, shape: tuple[int, ...]) -> Tensor:
@@ -137,8 +154,9 @@ def read_rows(entry: Entry, first: int, last: int, shape: tuple[int, ...]) -> Te
     count = (last - first) * width
     if count == 0:
         return torch.empty(shape, dtype=dtype)
-    raw = read_bytes(entry.file, entry.start + first * width, count)
-    return torch.frombuffer(raw, dtype=dtype).reshape(shape)
+    out = torch.empty(shape, dtype=dtype)
+    read_span(Span(entry.file, entry.start + first * width, count), byte_view(out))
+    return out
 
 
 def header_bytes(
@@ -163,18 +181,11 @@ def header_bytes(
     return struct.pack("<Q", len(text)) + text
 
 
-def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor on the CPU, without a copy when it is contiguous."""
-    flat = tensor.detach().contiguous().cpu().flatten()
-    array: Any = flat.view(torch.uint8).numpy()
-    return memoryview(array)
-
-
 class ShardWriter:
     """Writes one safetensors file front to back, hashing it on the way.
 
     The caller writes the tensors' bytes in the order it announced; `close` checks that
-    the size is exact, then flushes to disk.
+    the size is exact, then flushes to disk (`durable`; otherwise a power cut may tear it).
     """
 
     def __init__(
@@ -182,6 +193,8 @@ class ShardWriter:
         file: Path,
         tensors: list[tuple[str, str, tuple[int, ...]]],
         metadata: Mapping[str, str],
+        *,
+        durable: bool = True,
     ) -> None:
         head = header_bytes(tensors, metadata)
         self.file = file
@@ -189,6 +202,7 @@ class ShardWriter:
         for _, dtype, shape in tensors:
             self._expected += torch.Size(shape).numel() * DTYPES[dtype].itemsize
         self._digest = blake3()
+        self._durable = durable
         self.size = 0
         self._stream = file.open("wb")
         self._put(head)
@@ -200,14 +214,15 @@ class ShardWriter:
 
     def write(self, tensor: Tensor) -> None:
         """Append the tensor's bytes."""
-        self._put(tensor_bytes(tensor))
+        self._put(byte_view(tensor.detach().cpu().contiguous()))
 
     def close(self) -> str:
         """Flush and return the file's blake3; the size must be the announced one."""
         if self.size != self._expected:
             raise RuntimeError(f"{self.file}: wrote {self.size} of {self._expected} bytes")
         self._stream.flush()
-        os.fsync(self._stream.fileno())
+        if self._durable:
+            os.fsync(self._stream.fileno())
         self._stream.close()
         return self._digest.hexdigest()
 

@@ -1,48 +1,154 @@
-"""Hidden states on disk between the layers of a walk, so that a killed walk resumes.
+"""Hidden states between the layers of a walk: in memory, and on disk so that it can resume.
 
-They live in the artifact's draft; the page cache keeps them in memory while there is room.
+They are written behind the computation into the artifact's draft. A file's name carries its
+digest, so that one torn by a power cut is not there; nothing has to wait for the disk.
 """
 
-import os
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+import torch
+from blake3 import blake3
 from torch import Tensor
+
+from crane_tasks.models.loading import recorded
+from crane_tasks.models.safetensors_io import DTYPES, ShardWriter, read_header, read_rows
+
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+SUFFIX = ".safetensors"
+DIGITS = 64  # of a blake3 digest
+# Lists that may wait to be written: the walk is never further ahead of the disk than that.
+BEHIND = 2
 
 
 class States:
-    """Named lists of tensors, each written whole or not at all."""
+    """Named lists of tensors, each on disk whole or not at all.
 
-    def __init__(self, folder: Path) -> None:
+    At most `budget` bytes of them stay in memory as well (None: all); the oldest go first,
+    as the way back needs them last.
+    """
+
+    def __init__(self, folder: Path, budget: int | None = None) -> None:
         self._folder = folder
+        self._budget = budget
         folder.mkdir(parents=True, exist_ok=True)
+        self._memory: OrderedDict[str, list[Tensor]] = OrderedDict()
+        self._ahead: dict[str, Future[list[Tensor]]] = {}
+        self._sound: set[Path] = set()
+        # One thread: what is dropped after a save is dropped after it on disk, too.
+        self._disk = ThreadPoolExecutor(1, thread_name_prefix="states")
+        self._tasks: deque[Future[None]] = deque()
 
     def within(self, name: str) -> "States":
         """The states of one plan, apart from those of others."""
-        return States(self._folder / name)
+        return States(self._folder / name, self._budget)
 
-    def _file(self, name: str) -> Path:
-        return self._folder / f"{name}.safetensors"
+    def _files(self, name: str) -> list[Path]:
+        return list(self._folder.glob(f"{name}.{'?' * DIGITS}{SUFFIX}"))
+
+    def _file(self, name: str) -> Path | None:
+        """The file of a list; one that is not what was written is removed."""
+        for file in self._files(name):
+            if file not in self._sound and _digest(file) != file.name.split(".")[-2]:
+                file.unlink()
+                continue
+            self._sound.add(file)
+            return file
+        return None
 
     def has(self, name: str) -> bool:
-        return self._file(name).exists()
+        """Whether the list was saved, in this walk or an earlier one."""
+        return name in self._memory or self._file(name) is not None
 
     def save(self, name: str, states: list[Tensor]) -> None:
-        """Write the list under a temporary name, then rename."""
-        part = self._file(name).with_suffix(".part")
-        tensors = {str(i): t.detach().cpu().contiguous() for i, t in enumerate(states)}
-        try:
-            save_file(tensors, part)
-        except SafetensorError as error:
-            raise OSError(f"{part}: hidden states cannot be written: {error}") from error
-        with part.open("rb+") as stream:
-            os.fsync(stream.fileno())
-        part.replace(self._file(name))
+        """Keep the list, and write it behind the computation.
+
+        Raises:
+            OSError: an earlier list could not be written (the disk is full).
+        """
+        states = [t.detach().contiguous() for t in states]
+        self._memory[name] = states
+        while self._budget is not None and _size(self._memory) > self._budget:
+            self._memory.popitem(last=False)
+        event = recorded() if any(t.is_cuda for t in states) else None
+        self._later(lambda: self._write(name, states, event), most=BEHIND)
+
+    def _later(self, task: Callable[[], None], most: int) -> None:
+        self._tasks.append(self._disk.submit(task))
+        while len(self._tasks) > most:
+            self._tasks.popleft().result()
+
+    def _write(self, name: str, states: list[Tensor], event: Any) -> None:
+        part = self._folder / f"{name}.part"
+        announced = [(str(i), NAMES[t.dtype], tuple(t.shape)) for i, t in enumerate(states)]
+        with ShardWriter(part, announced, {}, durable=False) as writer:
+            for state in states:
+                writer.write(_fetched(state, event))
+            digest = writer.close()
+        file = self._folder / f"{name}.{digest}{SUFFIX}"
+        self._remove(name)
+        part.replace(file)
+        self._sound.add(file)
+
+    def ask(self, name: str) -> None:
+        """Begin to read a list that will be wanted, if it is not in memory."""
+        if name not in self._memory and name not in self._ahead:
+            self._ahead[name] = self._disk.submit(self._read, name)
 
     def load(self, name: str) -> list[Tensor]:
-        found = load_file(self._file(name))
-        return [found[str(i)] for i in range(len(found))]
+        """The list, from memory or from disk (then on the CPU).
+
+        Raises:
+            KeyError: there is none.
+        """
+        if name in self._memory:
+            return list(self._memory[name])
+        self.ask(name)
+        return self._ahead.pop(name).result()
+
+    def _read(self, name: str) -> list[Tensor]:
+        file = self._file(name)
+        if file is None:
+            raise KeyError(name)
+        found = {e.name: e for e in read_header(file)[0]}
+        entries = [found[str(i)] for i in range(len(found))]
+        return [read_rows(e, 0, e.shape[0] if e.shape else 1, e.shape) for e in entries]
 
     def drop(self, name: str) -> None:
-        self._file(name).unlink(missing_ok=True)
+        """Forget a list, after what was saved before is on disk."""
+        self._memory.pop(name, None)
+        self._later(lambda: self._remove(name), most=2 * BEHIND)
+
+    def _remove(self, name: str) -> None:
+        for file in self._files(name):
+            file.unlink()
+
+    def flush(self) -> None:
+        """Wait until everything is on disk.
+
+        Raises:
+            OSError: something could not be written.
+        """
+        while self._tasks:
+            self._tasks.popleft().result()
+
+
+def _fetched(state: Tensor, event: Any) -> Tensor:
+    """A state on the CPU, without waiting for what the device does after it was saved."""
+    if not state.is_cuda:
+        return state
+    stream: Any = torch.cuda.Stream
+    with torch.cuda.stream(stream(state.device)):
+        torch.cuda.current_stream().wait_event(event)
+        return state.cpu()
+
+
+def _size(lists: OrderedDict[str, list[Tensor]]) -> int:
+    return sum(t.nbytes for states in lists.values() for t in states)
+
+
+def _digest(file: Path) -> str:
+    return blake3(max_threads=blake3.AUTO).update_mmap(file).hexdigest()

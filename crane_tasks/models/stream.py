@@ -8,7 +8,8 @@ injected, so that embedding, final norm, head and soft-capping stay the library'
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,8 +20,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from crane_tasks.errors import CheckpointError
-from crane_tasks.models.checkpoint import Checkpoint, listed
+from crane_tasks.models.checkpoint import Checkpoint, Source, listed
 from crane_tasks.models.layout import Layout
+from crane_tasks.models.loading import Loader
 
 # What transformers raises over a config that makes no sense.
 CONFIG_ERRORS = (
@@ -164,11 +166,24 @@ def fits(checkpoint: Checkpoint, device: torch.device, compute: torch.dtype) -> 
     return 2 * weights * compute.itemsize <= free
 
 
+def _give_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    for name, tensor in weights.items():
+        owner, _, leaf = name.rpartition(".")
+        parameter = nn.Parameter(tensor, requires_grad=False)
+        module.get_submodule(owner).register_parameter(leaf, parameter)
+
+
+def _drop_weights(module: nn.Module) -> None:
+    weights = {n: torch.empty_like(p, device="meta") for n, p in module.named_parameters()}
+    _give_weights(module, weights)
+
+
 class LayerStream:
     """Runs a checkpoint layer by layer in `compute` dtype on `device`.
 
-    One layer's weights are in memory at a time, unless all of them fit: then they stay once
-    they were loaded (`resident`; by default decided from the free memory).
+    One layer's weights are on the device at a time, and the next one's are being read,
+    unless all of them fit: then they stay once they were loaded (`resident`; by default
+    decided from the free memory). Embedding and head are there only while they are used.
 
     Attributes:
         outside: parameters outside the layers that take gradients (the final norm).
@@ -187,38 +202,75 @@ class LayerStream:
         self.compute = compute
         self.resident = fits(checkpoint, device, compute) if resident is None else resident
         self._loaded: set[int] = set()
+        self._ahead: deque[int] = deque()
+        self._loader = Loader(device)
         self._model = skeleton(checkpoint, compute)
         decoder = self._model.model
         self._layers = list(decoder.layers)
         self._stubs = [_Stub() for _ in self._layers]
         decoder.layers = nn.ModuleList(self._stubs)
+        self._embedding: nn.Module = self._model.get_input_embeddings()
+        self._head: nn.Module = self._model.get_output_embeddings()
+        # Rows are looked up on the CPU: the device has better use for the memory.
+        at_home = {id(m) for m in self._embedding.modules()}
         for module in self._model.modules():
             for name, buffer in module.named_buffers(recurse=False):
-                module._buffers[name] = buffer.to(device)
-        self.outside = self._load_outside()
+                place = torch.device("cpu") if id(module) in at_home else device
+                module._buffers[name] = buffer.to(place)
+        self._model.requires_grad_(False)
+        ends = {id(p) for m in (self._embedding, self._head) for p in m.parameters()}
+        names = [n for n, p in self._model.named_parameters() if id(p) not in ends]
+        self._assign(self._model, names, device)
+        parameters = dict(self._model.named_parameters())
+        self.outside: dict[str, nn.Parameter] = {name: parameters[name] for name in names}
 
     @property
     def num_layers(self) -> int:
         return len(self._layers)
 
-    def _load_outside(self) -> dict[str, nn.Parameter]:
-        """Load embedding, head and norm; the norm alone takes gradients."""
-        frozen = [self._model.get_input_embeddings(), self._model.get_output_embeddings()]
-        frozen_ids = {id(p) for m in frozen for p in m.parameters()}
-        state: dict[str, Tensor] = {}
-        outside: list[str] = []
-        for name, parameter in self._model.named_parameters(remove_duplicate=False):
-            if id(parameter) not in frozen_ids:
-                outside.append(name)
-            tied = self.checkpoint.tied and name == "lm_head.weight"
-            state[name] = state["model.embed_tokens.weight"] if tied else self._read(name)
-        self._model.load_state_dict(state, assign=True)
-        self._model.requires_grad_(False)
-        parameters = dict(self._model.named_parameters())
-        return {name: parameters[name] for name in outside}
+    def home(self, nbytes: int) -> torch.device:
+        """Where hidden states of so many bytes are kept between layers.
 
-    def _read(self, name: str) -> Tensor:
-        return self.checkpoint.read_parameter(name).to(device=self.device, dtype=self.compute)
+        On the device if the weights stay there and the states take at most a quarter of
+        what is free; else in host memory.
+        """
+        if self.device.type != "cuda" or not self.resident:
+            return torch.device("cpu")
+        free, _ = torch.cuda.mem_get_info(self.device)
+        return self.device if 4 * nbytes <= free else torch.device("cpu")
+
+    def _assign(self, module: nn.Module, names: Iterable[str], device: torch.device) -> None:
+        """Load some parameters of a module of the model, under the model's names for them."""
+        sources = {name: self.checkpoint.source(name) for name in names}
+        # A loader of its own: the layers' may be reading the next one.
+        found = Loader(torch.device("cpu")).take(0, sources, self.compute)
+        _give_weights(module, {name: tensor.to(device) for name, tensor in found.items()})
+
+    @contextmanager
+    def embedding(self) -> Iterator[None]:
+        """Hold the embedding's weights, on the CPU."""
+        with self._held(self._embedding, torch.device("cpu")):
+            yield
+
+    @contextmanager
+    def head(self) -> Iterator[None]:
+        """Hold the output head's weights on the device."""
+        with self._held(self._head, self.device):
+            yield
+
+    @contextmanager
+    def _held(self, module: nn.Module, device: torch.device) -> Iterator[None]:
+        absent = any(p.is_meta for p in module.parameters())
+        if absent:
+            mine = {id(m) for m in module.modules()}
+            path = next(n for n, m in self._model.named_modules() if id(m) in mine)
+            names = [f"{path}.{n}" for n, _ in module.named_parameters()]
+            self._assign(self._model, names, device)
+        try:
+            yield
+        finally:
+            if absent and not self.resident:
+                _drop_weights(module)
 
     def enter(self, ids: Int[Tensor, "B T"]) -> tuple[Float[Tensor, "B T d"], list[LayerCall]]:
         """The state of a batch before the first layer, and each layer's other arguments.
@@ -227,11 +279,11 @@ class LayerStream:
             CheckpointError: the model hands a mutable object from layer to layer (a shared
                 cache, say), whose gradient would be lost when layers run apart.
         """
-        with torch.no_grad():
-            hidden: Tensor = self._model.get_input_embeddings()(ids.to(self.device))
+        with torch.no_grad(), self.embedding():
+            hidden: Tensor = self._embedding(ids).to(self.device)
             for stub in self._stubs:
                 stub.inject = None
-            self._model(inputs_embeds=hidden, use_cache=False, logits_to_keep=1)
+            self._model.model(inputs_embeds=hidden, use_cache=False)
         calls = [stub.call for stub in self._stubs if stub.call is not None]
         for index, call in enumerate(calls):
             odd = [type(a).__name__ for a in call.args if not _plain(a)]
@@ -243,32 +295,41 @@ class LayerStream:
                 )
         return hidden, calls
 
+    def expect(self, order: Iterable[int]) -> None:
+        """Announce the layers to come, so that each is read while the one before it runs."""
+        self._ahead = deque(order)
+
     @contextmanager
     def layer(self, index: int, *, grad: bool = False) -> Iterator[nn.Module]:
         """Layer `index` with its weights in memory; dropped afterwards if not resident."""
         module: nn.Module = self._layers[index]
+        if self._ahead and self._ahead[0] == index:
+            self._ahead.popleft()
+        else:
+            self._ahead.clear()  # the announced order was left
         if index not in self._loaded:
             self._load(index, module)
+        missing = next((i for i in self._ahead if i not in self._loaded), None)
+        if missing is not None:
+            self._loader.ask(missing, self._sources(missing))
         module.requires_grad_(grad)
         try:
             yield module
         finally:
             module.zero_grad(set_to_none=True)
-            if not self.resident:
-                self._drop(index, module)
+            again = bool(self._ahead) and self._ahead[0] == index
+            if not self.resident and not again:
+                _drop_weights(module)
+                self._loaded.discard(index)
+
+    def _sources(self, index: int) -> dict[str, Source]:
+        prefix = f"model.layers.{index}."
+        names = [name for name, _ in self._layers[index].named_parameters()]
+        return {name: self.checkpoint.source(prefix + name) for name in names}
 
     def _load(self, index: int, module: nn.Module) -> None:
-        prefix = f"model.layers.{index}."
-        state = {name: self._read(prefix + name) for name, _ in module.named_parameters()}
-        module.load_state_dict(state, assign=True, strict=False)
+        _give_weights(module, self._loader.take(index, self._sources(index), self.compute))
         self._loaded.add(index)
-
-    def _drop(self, index: int, module: nn.Module) -> None:
-        for child in module.modules():
-            for name, parameter in child.named_parameters(recurse=False):
-                empty = torch.empty_like(parameter, device="meta")
-                child.register_parameter(name, nn.Parameter(empty, requires_grad=False))
-        self._loaded.discard(index)
 
     def run(self, module: nn.Module, hidden: Tensor, call: LayerCall) -> Tensor:
         """One layer on one batch: state [B, T, d] in, state [B, T, d] out."""
@@ -279,11 +340,15 @@ class LayerStream:
     def logits(
         self, hidden: Float[Tensor, "1 T d"], positions: Int[Tensor, " n"]
     ) -> Float[Tensor, "n vocab"]:
-        """The model's logits at some positions, from the state after the last layer."""
-        self._stubs[-1].inject = hidden
-        blank = torch.zeros_like(hidden, requires_grad=False)
-        out = self._model(inputs_embeds=blank, use_cache=False, logits_to_keep=positions)
-        self._stubs[-1].inject = None
+        """The model's logits at some positions, from the states after the last layer.
+
+        Norm, head and soft-capping see each token alone, so T may run over several items.
+        """
+        with self.head():
+            self._stubs[-1].inject = hidden
+            blank = torch.zeros_like(hidden, requires_grad=False)
+            out = self._model(inputs_embeds=blank, use_cache=False, logits_to_keep=positions)
+            self._stubs[-1].inject = None
         logits: Tensor = out.logits[0]
         return logits
 
@@ -294,32 +359,35 @@ class LayerStream:
 
         `hidden` is the batch's state after the last layer, an item per row, padded on the
         right. The gradient (None when grad is off) is that of the sum of `item.weight`
-        times the item's loss; the gradients of `outside` accumulate alongside.
+        times the item's loss; the gradients of `outside` accumulate alongside. Logits are
+        made for so many target tokens at a time as `LOGIT_BYTES` allows.
         """
-        if not torch.is_grad_enabled():
-            return [self._loss(hidden[row, None], item) for row, item in enumerate(items)], None
-        losses, gradient = [], torch.zeros_like(hidden)
-        for row, item in enumerate(items):
-            leaf = hidden[row, None, : item.ids.numel()].detach().requires_grad_(True)
-            losses.append(self._loss(leaf, item))
-            assert leaf.grad is not None
-            gradient[row, : item.ids.numel()] = leaf.grad[0]
-        return losses, gradient
-
-    def _loss(self, state: Float[Tensor, "1 T d"], item: Item) -> float:
-        """One item's loss; with grad on, `state.grad` takes its weighted gradient.
-
-        Logits are made for so many target tokens at a time as `LOGIT_BYTES` allows.
-        """
-        positions = torch.arange(item.prompt - 1, item.ids.numel() - 1, device=self.device)
-        labels = item.ids.to(self.device)[positions + 1]
+        grad = torch.is_grad_enabled()
+        total = torch.zeros(len(items), dtype=torch.float64, device=self.device)
+        counts = torch.tensor([item.targets for item in items], dtype=torch.float64)
+        weights = torch.tensor([item.weight for item in items], dtype=torch.float64) / counts
+        weights = weights.to(self.device)
+        places = [_target_places(row, hidden.shape[1], item) for row, item in enumerate(items)]
+        rows, at, labels = (torch.cat(part).to(self.device) for part in zip(*places, strict=True))
         step = max(1, LOGIT_BYTES // (4 * int(self._model.config.vocab_size)))
-        total = 0.0
-        for at, wanted in zip(torch.split(positions, step), torch.split(labels, step), strict=True):
-            logits = self.logits(state, at)
-            wide = logits if logits.dtype == torch.float64 else logits.float()
-            part = nn.functional.cross_entropy(wide, wanted, reduction="sum") / item.targets
-            if state.requires_grad:
-                torch.autograd.backward(part * item.weight)
-            total += float(part.detach())
-        return total
+        leaf = hidden.detach().reshape(1, -1, hidden.shape[-1]).requires_grad_(grad)
+        with self.head():
+            for first in range(0, rows.numel(), step):
+                chosen = slice(first, first + step)
+                logits = self.logits(leaf, at[chosen])
+                wide = logits if logits.dtype == torch.float64 else logits.float()
+                loss = nn.functional.cross_entropy(wide, labels[chosen], reduction="none")
+                total.index_add_(0, rows[chosen], loss.detach().double())
+                if grad:
+                    torch.autograd.backward((loss * weights[rows[chosen]]).sum())
+        gradient = None if leaf.grad is None else leaf.grad.view(hidden.shape)
+        return (total.cpu() / counts).tolist(), gradient
+
+
+def _target_places(row: int, width: int, item: Item) -> tuple[Tensor, Tensor, Tensor]:
+    """An item's row, the places of the states that predict its targets, and the targets.
+
+    Places count through a batch [B, width, d] whose rows lie one after the other.
+    """
+    at = torch.arange(item.prompt - 1, int(item.ids.numel()) - 1)
+    return torch.full_like(at, row), at + row * width, item.ids[item.prompt :]

@@ -47,7 +47,7 @@ def _gradients(
             for name, grads in gradients.items()
         }
 
-    GradientWalk(stream, sets, States(scratch)).run(visit, (), lambda at, of: None)
+    GradientWalk(stream, sets, States(scratch)).run(visit, (), lambda step: None)
     return found
 
 
@@ -110,7 +110,7 @@ def test_the_bases_of_the_device_protect_what_those_of_the_cpu_do(
             states=States(tmp_path / device),
             done=(),
             visit=visit,
-            progress=lambda at, of: None,
+            progress=lambda step: None,
         )
         return found
 

@@ -14,6 +14,7 @@ from crane_tasks.errors import CheckpointError
 from crane_tasks.models.batches import ONE_BY_ONE
 from crane_tasks.models.checkpoint import Checkpoint
 from crane_tasks.models.gradients import Gradients, GradientWalk, item_losses
+from crane_tasks.models.pace import Step
 from crane_tasks.models.states import States
 from crane_tasks.models.stream import Item, LayerStream
 
@@ -43,7 +44,7 @@ def make_stream(folder: Path, compute: torch.dtype = torch.float32) -> LayerStre
     return LayerStream(Checkpoint.open(folder), device=CPU, compute=compute)
 
 
-def quiet(done: int, total: int) -> None:
+def quiet(step: Step) -> None:
     """Shows no progress."""
 
 
@@ -56,7 +57,9 @@ def walk(
     """An undisturbed walk."""
     found: Found = {}
     states = States(scratch)
-    walked = GradientWalk(make_stream(folder, compute), make_items(), states, batch_tokens)
+    walked = GradientWalk(
+        make_stream(folder, compute), make_items(), states, batch_tokens=batch_tokens
+    )
     walked.run(found.__setitem__, set(), quiet)
     return found, walked
 
@@ -265,8 +268,8 @@ def killed_walk(
         happen()
         found[layer] = gradients
 
-    def progress(done: int, total: int) -> None:
-        if done <= total // 2:
+    def progress(step: Step) -> None:
+        if step.between and step.direction == "forward":
             happen()
 
     stream = make_stream(folder)
@@ -298,11 +301,11 @@ def test_a_walk_killed_on_its_way_back_takes_no_step_forward_again(
     found: Found = {}
     with pytest.raises(Killed):
         killed_walk(moe_pair.base, tmp_path, found, at_step=at_step)
-    steps: list[int] = []
+    steps: list[Step] = []
     walked = GradientWalk(make_stream(moe_pair.base), make_items(), States(tmp_path))
-    walked.run(found.__setitem__, set(found), lambda done, total: steps.append(done))
-    # Forward steps of the two layers are 1 and 2: what is left begins where that ends.
-    assert min(steps) >= 2 and steps[-1] == 4
+    walked.run(found.__setitem__, set(found), steps.append)
+    assert {step.direction for step in steps} == {"backward"}
+    assert steps[-1].done == steps[-1].total
 
 
 def test_a_walk_resumed_with_other_batches_walks_anew_and_visits_what_is_left(
@@ -316,7 +319,7 @@ def test_a_walk_resumed_with_other_batches_walks_anew_and_visits_what_is_left(
     known = set(found)
     assert known and known != set(wanted)
     states = States(tmp_path / "killed")
-    walked = GradientWalk(make_stream(moe_pair.base), make_items(), states, ONE_BY_ONE)
+    walked = GradientWalk(make_stream(moe_pair.base), make_items(), states, batch_tokens=ONE_BY_ONE)
     walked.run(found.__setitem__, known, quiet)
     rest = {layer: by_set for layer, by_set in found.items() if layer not in known}
     assert_identical(rest, {layer: wanted[layer] for layer in rest})
@@ -341,11 +344,9 @@ def test_a_walk_that_dies_at_every_step_still_ends_at_the_same_gradients(
     assert_identical(found, wanted)
 
 
-def test_a_finished_walk_leaves_no_states_but_the_last_gradient(
-    moe_pair: TinyPair, tmp_path: Path
-) -> None:
+def test_a_finished_walk_leaves_no_states(moe_pair: TinyPair, tmp_path: Path) -> None:
     walk(moe_pair.base, tmp_path)
-    assert [f.name for f in tmp_path.rglob("*.*")] == ["grad.0.safetensors"]
+    assert not list(tmp_path.rglob("*.*"))
 
 
 # Losses alone

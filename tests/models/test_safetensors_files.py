@@ -19,10 +19,11 @@ from crane_tasks.errors import CheckpointError
 from crane_tasks.models.safetensors_io import (
     DTYPES,
     ShardWriter,
+    Span,
     header_bytes,
-    read_bytes,
     read_header,
     read_rows,
+    read_span,
 )
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -171,9 +172,11 @@ def test_entries_come_in_the_order_of_their_bytes(tmp_path: Path) -> None:
 def test_a_short_read_is_an_error_and_never_zeros(tmp_path: Path) -> None:
     file = tmp_path / "x"
     file.write_bytes(b"abc")
-    assert read_bytes(file, 1, 2) == b"bc"
+    into = bytearray(4)
+    read_span(Span(file, 1, 2), memoryview(into)[:2])
+    assert into[:2] == b"bc"
     with pytest.raises(CheckpointError, match="ends before byte 5"):
-        read_bytes(file, 1, 4)
+        read_span(Span(file, 1, 4), memoryview(into))
 
 
 # Broken files

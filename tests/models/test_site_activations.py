@@ -13,6 +13,7 @@ from torch.nn.functional import linear, silu
 from crane_tasks.models.activations import Sums, walk_activations
 from crane_tasks.models.checkpoint import Checkpoint
 from crane_tasks.models.layout import Site
+from crane_tasks.models.pace import Step
 from crane_tasks.models.states import States
 from crane_tasks.models.stream import LayerStream
 from crane_tasks.numerics.projector import gram
@@ -56,7 +57,7 @@ def all_sites(pair: TinyPair) -> tuple[Site, ...]:
     return Checkpoint.open(pair.base).layout.sites
 
 
-def quiet(done: int, total: int) -> None:
+def quiet(step: Step) -> None:
     """Shows no progress."""
 
 

@@ -1,42 +1,98 @@
-"""States on disk between layers are there whole or not at all."""
+"""States between layers: in memory up to a budget, on disk whole or not at all."""
 
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from crane_tasks.models.states import States
 
 
+def random_list(seed: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(1, n, 3, generator=generator).to(dtype) for n in range(1, 13)]
+
+
+def assert_same(found: list[Tensor], wanted: list[Tensor]) -> None:
+    assert len(found) == len(wanted)
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(found, wanted, strict=True))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_states_come_back_bit_for_bit_and_in_order(tmp_path: Path, dtype: torch.dtype) -> None:
-    generator = torch.Generator().manual_seed(0)
-    saved = [torch.randn(1, n, 3, generator=generator).to(dtype) for n in range(1, 13)]
-    States(tmp_path).save("hidden.3", saved)
-    found = States(tmp_path).load("hidden.3")
-    assert len(found) == len(saved)
-    assert all(torch.equal(a, b) and a.dtype == dtype for a, b in zip(found, saved, strict=True))
+def test_a_later_process_finds_every_bit_in_order(tmp_path: Path, dtype: torch.dtype) -> None:
+    states, saved = States(tmp_path), random_list(0, dtype)
+    states.save("hidden.3", saved)
+    states.flush()
+    later = States(tmp_path)
+    assert later.has("hidden.3")
+    assert_same(later.load("hidden.3"), saved)
+
+
+def test_above_the_budget_lists_come_back_from_disk(tmp_path: Path) -> None:
+    saved = {f"hidden.{i}": random_list(i) for i in range(6)}
+    one = sum(t.nbytes for t in saved["hidden.0"])
+    states = States(tmp_path, budget=2 * one)
+    for name, tensors in saved.items():
+        states.save(name, tensors)
+        held = sum(t.nbytes for kept in states._memory.values() for t in kept)
+        assert held <= 2 * one
+    states.ask("hidden.1")
+    for name, tensors in saved.items():
+        assert states.has(name)
+        assert_same(states.load(name), tensors)
 
 
 def test_a_half_written_list_is_not_there(tmp_path: Path) -> None:
     states = States(tmp_path)
     states.save("hidden.0", [torch.zeros(2)])
-    whole = (tmp_path / "hidden.0.safetensors").read_bytes()
-    states.drop("hidden.0")
+    states.flush()
+    (file,) = tmp_path.iterdir()
+    whole = file.read_bytes()
+    file.unlink()
     (tmp_path / "hidden.0.part").write_bytes(whole[:-3])
-    assert not states.has("hidden.0")
-    states.save("hidden.0", [torch.ones(2)])
-    assert states.has("hidden.0")
-    assert torch.equal(states.load("hidden.0")[0], torch.ones(2))
+    again = States(tmp_path)
+    assert not again.has("hidden.0")
+    again.save("hidden.0", [torch.ones(2)])
+    again.flush()
+    assert torch.equal(States(tmp_path).load("hidden.0")[0], torch.ones(2))
     assert not list(tmp_path.glob("*.part"))
 
 
-def test_dropping_what_is_not_there_is_no_error(tmp_path: Path) -> None:
-    States(tmp_path / "new").drop("hidden.9")
+@pytest.mark.parametrize("damage", ["cut", "zeros"])
+def test_a_list_torn_by_a_power_cut_is_not_there(tmp_path: Path, damage: str) -> None:
+    # A file system may keep the rename and lose the data.
+    states = States(tmp_path)
+    states.save("grad.2", random_list(1))
+    states.flush()
+    (file,) = tmp_path.iterdir()
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-8] + (b"" if damage == "cut" else bytes(8)))
+    assert not States(tmp_path).has("grad.2")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_an_error_of_the_walk(tmp_path: Path) -> None:
+    states = States(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()  # stands for a disk that takes nothing
+    states.save("hidden.0", [torch.zeros(2)])
+    with pytest.raises(OSError, match=r"hidden\.0"):
+        states.flush()
+
+
+def test_what_is_dropped_is_gone_from_memory_and_disk(tmp_path: Path) -> None:
+    states = States(tmp_path / "new")
+    states.drop("hidden.9")
+    states.save("hidden.9", [torch.ones(1)])
+    states.drop("hidden.9")
+    states.flush()
+    assert not states.has("hidden.9")
     assert not States(tmp_path / "new").has("hidden.9")
 
 
 def test_names_that_share_a_beginning_are_kept_apart(tmp_path: Path) -> None:
     states = States(tmp_path)
     states.save("hidden.1", [torch.zeros(1)])
-    assert states.has("hidden.1") and not states.has("hidden.10") and not states.has("hidden")
+    states.flush()
+    later = States(tmp_path)
+    assert later.has("hidden.1") and not later.has("hidden.10") and not later.has("hidden")

@@ -236,7 +236,7 @@ def heldout_items(reference: Path, recipe: Path, kind: str) -> list[Item]:
 def mean_loss(folder: Path, items: list[Item]) -> float:
     checkpoint = Checkpoint.open(folder)
     stream = LayerStream(checkpoint, device=torch.device("cpu"), compute=torch.float32)
-    losses, _ = item_losses(stream, items, lambda done, total: None)
+    losses, _ = item_losses(stream, items, lambda step: None)
     return sum(losses) / len(losses)
 
 

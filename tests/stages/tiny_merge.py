@@ -163,7 +163,7 @@ class PlainMerge:
             loss = -logs[torch.arange(len(target)), torch.tensor(target)].mean()
             (loss / len(rows)).backward()
         found = {
-            n: torch.zeros_like(p) if p.grad is None else p.grad.clone()
+            n: torch.zeros_like(p) if p.grad is None else p.grad.bfloat16().double()
             for n, p in self.model.named_parameters()
         }
         return per_expert(found)

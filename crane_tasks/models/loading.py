@@ -1,0 +1,121 @@
+"""Weights read ahead of their use, by several threads, into memory a GPU can copy from."""
+
+import os
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from crane_tasks.models.checkpoint import Source
+from crane_tasks.models.safetensors_io import Span, byte_view, read_span
+
+# One thread copies 5 to 10 GB/s out of the page cache; more than eight gain nothing.
+THREADS = min(8, os.cpu_count() or 1)
+# Bytes that one thread reads at a time: the parts of a large tensor are read side by side.
+BLOCK = 32 * 2**20
+ALIGN = 64  # bytes, for every tensor in a buffer: what vector code likes
+
+Sources = Mapping[str, Source]
+Job = list[tuple[Span, memoryview]]
+
+
+class Loader:
+    """Reads one group of tensors (a decoder layer) at a time, in the background.
+
+    `ask` begins to read, `take` waits and gives the tensors. On a GPU the bytes land in one
+    page-locked buffer that is used again and again, from which the device copies at full
+    speed; on a CPU every group gets memory of its own and nothing is copied.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="weights")
+        self._buffer = torch.empty(0, dtype=torch.uint8)
+        self._copied: torch.cuda.Event | None = None
+        self._asked: int | None = None
+        self._reads: list[Future[None]] = []
+
+    def ask(self, group: int, sources: Sources) -> None:
+        """Begin to read a group, unless that is already under way."""
+        if self._asked == group:
+            return
+        self._wait()
+        self._asked = group
+        needed = sum(_padded(s.nbytes) for s in sources.values())
+        if self._device.type == "cuda":
+            if self._copied is not None:
+                self._copied.synchronize()  # the device may still be reading the buffer
+            if self._buffer.numel() < needed:
+                self._buffer = torch.empty(0, dtype=torch.uint8)
+                self._buffer = torch.empty(needed, dtype=torch.uint8, pin_memory=True)
+        else:
+            self._buffer = torch.empty(needed, dtype=torch.uint8)
+        for job in _jobs(sources, byte_view(self._buffer)):
+            self._reads.append(self._pool.submit(_read, job))
+
+    def take(self, group: int, sources: Sources, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The tensors of a group on the device in `dtype`.
+
+        Raises:
+            CheckpointError: a file is shorter than its header says.
+        """
+        self.ask(group, sources)
+        self._wait()
+        found, at = {}, 0
+        for name, source in sources.items():
+            raw = self._buffer[at : at + source.nbytes].view(source.dtype).view(source.shape)
+            found[name] = raw.to(self._device, non_blocking=True).to(dtype)
+            at += _padded(source.nbytes)
+        if self._device.type == "cuda":
+            self._copied = recorded()
+        else:
+            self._buffer = torch.empty(0, dtype=torch.uint8)  # the tensors own it now
+        self._asked = None
+        return found
+
+    def _wait(self) -> None:
+        """Until all reads have ended; the first error is raised, none runs on."""
+        reads, self._reads = self._reads, []
+        errors = [error for read in reads if (error := read.exception())]
+        if errors:
+            self._asked = None
+            raise errors[0]
+
+
+def recorded() -> torch.cuda.Event:
+    """An event that comes when the device has done what it was given so far."""
+    make: Any = torch.cuda.Event  # its types are missing
+    event: torch.cuda.Event = make()
+    event.record()
+    return event
+
+
+def _jobs(sources: Sources, into: memoryview) -> Iterator[Job]:
+    """The reads that fill the buffer, gathered to about `BLOCK` bytes each."""
+    job: Job = []
+    size = begin = 0
+    for source in sources.values():
+        at = begin
+        for span in source.spans:
+            for first in range(0, span.count, BLOCK):
+                count = min(BLOCK, span.count - first)
+                place = at + first
+                job.append((Span(span.file, span.start + first, count), into[place:][:count]))
+                size += count
+                if size >= BLOCK:
+                    yield job
+                    job, size = [], 0
+            at += span.count
+        begin += _padded(source.nbytes)
+    yield job
+
+
+def _read(job: Job) -> None:
+    for span, into in job:
+        read_span(span, into)
+
+
+def _padded(count: int) -> int:
+    return -(-count // ALIGN) * ALIGN
