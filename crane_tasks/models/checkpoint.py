@@ -81,7 +81,7 @@ class Checkpoint:
         entries: every stored tensor, in file order.
         metadata: each file's header metadata.
         slots: canonical slots by name; `pieces` holds one piece per expert for each.
-        carried: stored names that belong to no layer and are copied from the base.
+        carried: stored names that are copied from the base.
     """
 
     folder: Path
@@ -126,7 +126,7 @@ class Checkpoint:
     @property
     def tied(self) -> bool:
         """Whether the output head is the embedding."""
-        return bool(self.config.get("tie_word_embeddings", False))
+        return bool(self.config.get("tie_word_embeddings", self.layout.tied))
 
     def layers(self) -> Iterator[tuple[int | None, list[Slot]]]:
         """Slots grouped: each decoder layer in order, then (None, those outside)."""
@@ -151,7 +151,7 @@ class Checkpoint:
         return [(t, expert) for expert in range(entry.shape[0]) for t in templates]
 
     def read_parameter(self, name: str) -> Tensor:
-        """A parameter of the transformers module, from however the file holds it.
+        """A parameter or buffer of the transformers module, however the file holds it.
 
         `name` is the module's name, whose experts are fused whatever the file does.
         """
@@ -162,7 +162,7 @@ class Checkpoint:
         if templates is None:
             if name == "lm_head.weight" and self.tied:
                 return self.read("model.embed_tokens.weight")
-            raise CheckpointError(f"{self.folder}: no tensor for the parameter {name}")
+            raise CheckpointError(f"{self.folder}: no tensor for {name}, which the model has")
         first = self.pieces[templates[0]][0]
         rows = sum(self.pieces[t][0].shape[0] for t in templates)
         shape = (len(self.pieces[templates[0]]), rows, *first.shape[1:])
@@ -180,7 +180,7 @@ class Checkpoint:
         unlisted: list[str] = []
         for name, entry in self.entries.items():
             templates = self.layout.fused_match(name)
-            if self.layout.is_carried(name):
+            if self.layout.is_carried(name, self.config):
                 self.carried.append(name)
             elif templates is not None:
                 self._add_fused(entry, templates, found)
@@ -236,7 +236,7 @@ class Checkpoint:
     def _check_complete(self, found: dict[str, dict[int, Piece]]) -> None:
         stacks = [pieces for name, pieces in found.items() if "*" in name]
         experts = max((max(p) + 1 for p in stacks), default=0)
-        experts = max(experts, _config_experts(self.config)) if stacks else 0
+        experts = max(experts, self.layout.number_of_experts(self.config)) if stacks else 0
         problems: list[str] = []
         for name, pieces in found.items():
             count = experts if "*" in name else 1
@@ -262,11 +262,6 @@ class Checkpoint:
 
 def _rows(shape: tuple[int, ...]) -> int:
     return shape[0] if shape else 1
-
-
-def _config_experts(config: dict[str, Any]) -> int:
-    # Newer transformers write `num_local_experts` where others write `num_experts`.
-    return int(config.get("num_experts") or config.get("num_local_experts") or 0)
 
 
 def side_files(folder: Path) -> list[str]:
