@@ -35,7 +35,7 @@ class Slot:
         component: the method's component (DESIGN 1, "Components").
         site: the site that feeds its input, or None when it has none.
         borrows: the site whose basis the official script uses where `site` is not
-            captured and the widths are equal (see layouts/qwen3.toml).
+            captured and the widths are equal (see layouts/llama.toml).
     """
 
     name: str
