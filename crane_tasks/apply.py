@@ -234,13 +234,14 @@ def _write_shard(
 ) -> dict[str, Any]:
     """Write one file front to back; returns its size and digest."""
     base = editor.base
+    carried = set(base.carried)
     part = target.with_name(target.name + ".part")
     rows: list[tuple[str, str, tuple[float, ...]]] = []
     predicted: list[tuple[str, str, tuple[float, ...]]] = []
     announced = [(e.name, e.dtype, e.shape) for e in shard.entries]
     with ShardWriter(part, announced, shard.metadata) as writer:
         for entry in shard.entries:
-            if base.layout.is_carried(entry.name):
+            if entry.name in carried:
                 _copy(entry, writer)
                 continue
             for slot_name, expert in base.stored_parts(entry):

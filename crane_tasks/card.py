@@ -25,6 +25,7 @@ ROWS = {
     "num_key_value_heads": "Key-value heads",
     "num_experts": "Experts",
     "num_local_experts": "Experts",
+    "n_routed_experts": "Experts",
     "num_experts_per_tok": "Experts per token",
     "vocab_size": "Vocabulary",
     "max_position_embeddings": "Context length",

@@ -140,8 +140,8 @@ def _carried_note(carried: list[str]) -> str:
     if not carried:
         return ""
     return (
-        f"{len(carried)} tensors belong to no decoder layer and were carried over from the "
-        f"base: `{carried[0]}`" + (" and others." if len(carried) > 1 else ".")
+        f"{len(carried)} tensors are no weights that can be merged and were carried over from "
+        f"the base: `{carried[0]}`" + (" and others." if len(carried) > 1 else ".")
     )
 
 

@@ -1,4 +1,4 @@
-"""Tiny random pairs of all three architectures, and the reference pairs where they are."""
+"""Tiny random pairs of all architectures, and the reference pairs where they are."""
 
 import json
 import os
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from crane_tasks.recipe import Recipe, load_recipe
 
+# All tests of the walk, the stages and the commands run on these.
 ARCHITECTURES = ("qwen3", "qwen3_moe", "qwen3_next")
 REFERENCE = Path(__file__).parents[2] / "shared" / "reference"
 TEMPLATE = (
@@ -39,12 +40,55 @@ COMMON = dict(
 )  # fmt: skip
 EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24,
                norm_topk_prob=True, decoder_sparse_step=1)  # fmt: skip
+ROTARY = {"rope_type": "default", "rope_theta": 10000.0}
+# These are tested where they differ: gradients, activations, tables, and a merge of three.
+# Whatever an architecture can have is switched on: windows shorter than the items, unlike
+# rotary bases, biases, soft-capping, groups of experts.
+MORE: dict[str, dict[str, Any]] = {
+    "llama": dict(
+        attention_bias=True, mlp_bias=True, head_dim=8,
+        rope_parameters={"rope_type": "llama3", "rope_theta": 500.0, "factor": 4.0,
+                         "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                         "original_max_position_embeddings": 32},
+    ),
+    "mistral": dict(sliding_window=8),
+    "qwen2": dict(tie_word_embeddings=True, use_sliding_window=True, sliding_window=8,
+                  max_window_layers=2),
+    "gemma3_text": dict(
+        sliding_window=8, query_pre_attn_scalar=16, final_logit_softcapping=4.0,
+        attn_logit_softcapping=20.0, tie_word_embeddings=True,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        rope_parameters={"sliding_attention": ROTARY,
+                         "full_attention": {"rope_type": "linear", "rope_theta": 1e6,
+                                            "factor": 8.0}},
+    ),
+    "olmo2": dict(),
+    "olmo3": dict(
+        sliding_window=8, layer_types=["sliding_attention", "full_attention"] * 2,
+        rope_parameters={"sliding_attention": ROTARY,
+                         "full_attention": {"rope_type": "yarn", "rope_theta": 10000.0,
+                                            "factor": 4.0,
+                                            "original_max_position_embeddings": 64}},
+    ),
+    "glm4_moe": dict(
+        num_hidden_layers=3, first_k_dense_replace=1, n_routed_experts=8, n_shared_experts=2,
+        n_group=2, topk_group=1, num_experts_per_tok=2, moe_intermediate_size=24,
+        routed_scaling_factor=1.5, norm_topk_prob=True, use_qk_norm=True, attention_bias=True,
+        rope_parameters=ROTARY | {"partial_rotary_factor": 0.5},
+    ),
+}  # fmt: skip
 
 
 def tiny_config(architecture: str, **changes: Any) -> Any:
     """A small transformers config of an architecture."""
-    from transformers import Qwen3Config, Qwen3MoeConfig, Qwen3NextConfig
+    from transformers import AutoConfig, Qwen3Config, Qwen3MoeConfig, Qwen3NextConfig
 
+    if architecture in MORE:
+        four = {"num_hidden_layers": 4}
+        options: Any = COMMON | four | MORE[architecture] | changes
+        if "rope_parameters" in options:
+            del options["rope_theta"]
+        return AutoConfig.for_model(architecture, **options)
     if architecture == "qwen3":
         return Qwen3Config(**{**COMMON, "tie_word_embeddings": True, **changes})
     if architecture == "qwen3_moe":
@@ -114,7 +158,13 @@ def write_checkpoint(folder: Path, config: Any, seed: int, dtype: torch.dtype) -
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
-    model.to(dtype).save_pretrained(folder)
+        # As published: GLM's correction of the router stays in float32.
+        stored = {n: b for n, b in model.named_buffers() if n in model.state_dict()}
+        kept = {n: b + 0.1 * torch.randn_like(b) for n, b in stored.items()}
+        model.to(dtype)
+        for name, buffer in model.named_buffers():
+            buffer.data = kept.get(name, buffer)
+    model.save_pretrained(folder)
     write_tokenizer(folder)
     return load_tensors(folder)
 

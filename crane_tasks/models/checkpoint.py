@@ -105,7 +105,7 @@ class Checkpoint:
         entries: every stored tensor, in file order.
         metadata: each file's header metadata.
         slots: canonical slots by name; `pieces` holds one piece per expert for each.
-        carried: stored names that belong to no layer and are copied from the base.
+        carried: stored names that are copied from the base.
     """
 
     folder: Path
@@ -150,7 +150,7 @@ class Checkpoint:
     @property
     def tied(self) -> bool:
         """Whether the output head is the embedding."""
-        return bool(self.config.get("tie_word_embeddings", False))
+        return bool(self.config.get("tie_word_embeddings", self.layout.tied))
 
     def layers(self) -> Iterator[tuple[int | None, list[Slot]]]:
         """Slots grouped: each decoder layer in order, then (None, those outside)."""
@@ -183,7 +183,7 @@ class Checkpoint:
         return [(t, expert) for expert in range(entry.shape[0]) for t in templates]
 
     def source(self, name: str) -> Source:
-        """Where a parameter of the transformers module lies, however the files hold it.
+        """Where a parameter or buffer of the transformers module lies in the files.
 
         `name` is the module's name, whose experts are fused whatever the files do: then
         the bytes of all parts, one after the other, are those of the fused parameter.
@@ -199,7 +199,7 @@ class Checkpoint:
             return Source(DTYPES[entry.dtype], entry.shape, (span,))
         templates = self.layout.fused_match(name)
         if templates is None:
-            raise CheckpointError(f"{self.folder}: no tensor for the parameter {name}")
+            raise CheckpointError(f"{self.folder}: no tensor for {name}, which the model has")
         parts = [self.pieces[t] for t in templates]
         rows = sum(pieces[0].shape[0] for pieces in parts)
         shape = (len(parts[0]), rows, *parts[0][0].shape[1:])
@@ -211,7 +211,7 @@ class Checkpoint:
         unlisted: list[str] = []
         for name, entry in self.entries.items():
             templates = self.layout.fused_match(name)
-            if self.layout.is_carried(name):
+            if self.layout.is_carried(name, self.config):
                 self.carried.append(name)
             elif templates is not None:
                 self._add_fused(entry, templates, found)
@@ -267,7 +267,7 @@ class Checkpoint:
     def _check_complete(self, found: dict[str, dict[int, Piece]]) -> None:
         stacks = [pieces for name, pieces in found.items() if "*" in name]
         experts = max((max(p) + 1 for p in stacks), default=0)
-        experts = max(experts, _config_experts(self.config)) if stacks else 0
+        experts = max(experts, self.layout.number_of_experts(self.config)) if stacks else 0
         problems: list[str] = []
         for name, pieces in found.items():
             count = experts if "*" in name else 1
@@ -293,11 +293,6 @@ class Checkpoint:
 
 def _rows(shape: tuple[int, ...]) -> int:
     return shape[0] if shape else 1
-
-
-def _config_experts(config: dict[str, Any]) -> int:
-    # Newer transformers write `num_local_experts` where others write `num_experts`.
-    return int(config.get("num_experts") or config.get("num_local_experts") or 0)
 
 
 def side_files(folder: Path) -> list[str]:

@@ -6,6 +6,7 @@ row names is refused, never guessed from its shape.
 
 import re
 import tomllib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -34,7 +35,7 @@ class Slot:
         component: the method's component (DESIGN 1, "Components").
         site: the site that feeds its input, or None when it has none.
         borrows: the site whose basis the official script uses where `site` is not
-            captured and the widths are equal (see layouts/qwen3.toml).
+            captured and the widths are equal (see layouts/llama.toml).
     """
 
     name: str
@@ -75,6 +76,15 @@ class Fused:
 
 
 @dataclass(frozen=True)
+class Carried:
+    """Tensors that are copied from the base: names with `{extra}` for the layer only in the
+    layers behind the last decoder layer, as many as the config says under a key of `count`."""
+
+    pattern: re.Pattern[str]
+    count: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Rule:
     """One row of the table, its names as patterns."""
 
@@ -89,27 +99,50 @@ def unit_name(layer: int | None) -> str:
     return "outside" if layer is None else f"layer.{layer}"
 
 
+# What a placeholder of a template stands for.
+PLACES = {"layer": r"\d+", "extra": r"\d+", "expert": r"\d+", "rest": r".+"}
+
+
 def _pattern(template: str) -> re.Pattern[str]:
     escaped = re.escape(template)
-    for field, expression in (("layer", r"\d+"), ("expert", r"\d+"), ("rest", r".+")):
+    for field, expression in PLACES.items():
         escaped = escaped.replace(re.escape("{" + field + "}"), f"(?P<{field}>{expression})")
     return re.compile(escaped)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The table of one architecture."""
+    """The table of one architecture.
+
+    Attributes:
+        baseline: the components that may divide the scores, the first that there is.
+        tied: whether head and embedding are one where the config does not say it.
+        experts: the config's keys of the number of experts, whichever it has.
+    """
 
     model_type: str
     baseline: tuple[str, ...]
+    tied: bool
+    experts: tuple[str, ...]
     sites: tuple[Site, ...]
     rules: tuple[Rule, ...]
     fused: tuple[Fused, ...]
-    carried: tuple[re.Pattern[str], ...]
+    carried: tuple[Carried, ...]
 
-    def is_carried(self, name: str) -> bool:
+    def number_of_experts(self, config: Mapping[str, Any]) -> int:
+        """How many experts a sparse layer has by the config; 0 in a dense model."""
+        return _first(config, self.experts)
+
+    def is_carried(self, name: str, config: Mapping[str, Any]) -> bool:
         """Whether the tensor is copied from the base untouched, e.g. `mtp.*`."""
-        return any(p.fullmatch(name) for p in self.carried)
+        for carried in self.carried:
+            if match := carried.pattern.fullmatch(name):
+                extra = match.groupdict().get("extra")
+                layers = int(config["num_hidden_layers"])
+                last = layers + _first(config, carried.count)
+                if extra is None or layers <= int(extra) < last:
+                    return True
+        return False
 
     def fused_match(self, name: str) -> tuple[str, ...] | None:
         """The part templates (with `*` for the expert) of a fused tensor, or None."""
@@ -143,6 +176,11 @@ class Layout:
         return found[0]
 
 
+def _first(config: Mapping[str, Any], keys: Iterable[str]) -> int:
+    """The first of the keys that the config has, or 0."""
+    return next((int(config[key]) for key in keys if config.get(key)), 0)
+
+
 def _merged_table(model_type: str) -> dict[str, Any]:
     """The table's own rows before those of the table that it extends."""
     folder = resources.files("crane_tasks.models") / "layouts"
@@ -152,6 +190,7 @@ def _merged_table(model_type: str) -> dict[str, Any]:
         table["sites"] = {**parent.get("sites", {}), **table.get("sites", {})}
         for key in ("tensor", "fused", "carried"):
             table[key] = table.get(key, []) + parent.get(key, [])
+        table.setdefault("experts", parent.get("experts", []))
     return table
 
 
@@ -192,8 +231,13 @@ def layout_of(model_type: str) -> Layout:
     return Layout(
         model_type=table["model_type"],
         baseline=tuple(table["baseline"]),
+        tied=table.get("tied", False),
+        experts=tuple(table.get("experts", ())),
         sites=tuple(sites.values()),
         rules=tuple(rules),
         fused=tuple(Fused(_pattern(f["name"]), tuple(f["parts"])) for f in table.get("fused", [])),
-        carried=tuple(_pattern(c["name"]) for c in table.get("carried", [])),
+        carried=tuple(
+            Carried(_pattern(c["name"]), tuple(c.get("count", ())))
+            for c in table.get("carried", [])
+        ),
     )

@@ -114,25 +114,56 @@ def skeleton(checkpoint: Checkpoint, compute: torch.dtype) -> Any:
         with init_empty_weights(include_buffers=False):
             model = build(config, dtype=compute, attn_implementation="sdpa", **options)
         chosen = getattr(config, "num_experts_per_tok", 0) or 0
-        if checkpoint.layout.fused and chosen > (getattr(config, "num_experts", 0) or 0):
-            raise ValueError(f"{chosen} experts per token of {config.num_experts}")
+        experts = checkpoint.layout.number_of_experts(config.to_dict())
+        if checkpoint.layout.fused and chosen > experts:
+            raise ValueError(f"{chosen} experts per token of {experts}")
     except CONFIG_ERRORS as error:
         raise CheckpointError(
             f"{checkpoint.folder}: transformers cannot build this model: {error}"
         ) from error
+    _require_walkable(checkpoint, model)
     return model.eval()
+
+
+def _require_walkable(checkpoint: Checkpoint, model: Any) -> None:
+    """Refuse a model whose layers cannot be found, or that looks ahead.
+
+    Items are padded on the right without a mask, which only a causal model does not notice.
+    """
+    kind = f"{checkpoint.folder}: {type(model).__name__}"
+    if not isinstance(getattr(getattr(model, "model", None), "layers", None), nn.ModuleList):
+        raise CheckpointError(
+            f"{kind} does not keep its decoder layers in model.layers, where they are looked "
+            "for; this model is not supported"
+        )
+    ahead = [n for n, m in model.named_modules() if getattr(m, "is_causal", True) is False]
+    if ahead:
+        raise CheckpointError(
+            f"{kind} attends to later tokens in {listed(ahead)}; only causal models can be walked"
+        )
+
+
+def _stored_buffers(model: Any) -> dict[str, Tensor]:
+    """The buffers that a checkpoint holds, by name; the others the model computes by itself."""
+    stored = model.state_dict().keys()
+    return {name: buffer for name, buffer in model.named_buffers() if name in stored}
 
 
 def check_parameters(checkpoint: Checkpoint) -> None:
     """Every parameter that transformers expects has a tensor, of its shape, and no other.
+
+    A buffer that checkpoints hold is expected, too (GLM's correction of the router).
 
     Raises:
         CheckpointError: with all that are missing, misshapen or unknown to the model.
     """
     problems: list[str] = []
     known: set[str] = {"lm_head.weight"}  # stored or not, where it is tied
-    for name, parameter in skeleton(checkpoint, torch.bfloat16).named_parameters():
+    model = skeleton(checkpoint, torch.bfloat16)
+    parameters = dict(model.named_parameters())
+    for name in parameters:
         known |= set(checkpoint.layout.fused_match(name) or [name])
+    for name, parameter in [*parameters.items(), *_stored_buffers(model).items()]:
         shape = _stored_shape(checkpoint, name)
         if shape is None:
             problems.append(f"{name} is missing")
@@ -205,6 +236,7 @@ class LayerStream:
         self._ahead: deque[int] = deque()
         self._loader = Loader(device)
         self._model = skeleton(checkpoint, compute)
+        self._load_buffers()
         decoder = self._model.model
         self._layers = list(decoder.layers)
         self._stubs = [_Stub() for _ in self._layers]
@@ -212,11 +244,9 @@ class LayerStream:
         self._embedding: nn.Module = self._model.get_input_embeddings()
         self._head: nn.Module = self._model.get_output_embeddings()
         # Rows are looked up on the CPU: the device has better use for the memory.
-        at_home = {id(m) for m in self._embedding.modules()}
-        for module in self._model.modules():
+        for module in self._embedding.modules():
             for name, buffer in module.named_buffers(recurse=False):
-                place = torch.device("cpu") if id(module) in at_home else device
-                module._buffers[name] = buffer.to(place)
+                module._buffers[name] = buffer.cpu()
         self._model.requires_grad_(False)
         ends = {id(p) for m in (self._embedding, self._head) for p in m.parameters()}
         names = [n for n, p in self._model.named_parameters() if id(p) not in ends]
@@ -227,6 +257,22 @@ class LayerStream:
     @property
     def num_layers(self) -> int:
         return len(self._layers)
+
+    def _load_buffers(self) -> None:
+        """Put all buffers on the device, the layers' too; those that are stored are read.
+
+        They are few and small, so that they stay. Their dtype is the model's choice, which
+        need not be that of the weights (GLM's router works in float32).
+        """
+        stored = {name: self.checkpoint.source(name) for name in _stored_buffers(self._model)}
+        read = Loader(torch.device("cpu"))
+        for place, module in self._model.named_modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                full = f"{place}.{name}" if place else name
+                value = buffer
+                if full in stored:
+                    value = read.take(0, {full: stored[full]}, buffer.dtype)[full]
+                module._buffers[name] = value.to(device=self.device, dtype=buffer.dtype)
 
     def home(self, nbytes: int) -> torch.device:
         """Where hidden states of so many bytes are kept between layers.

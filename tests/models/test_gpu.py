@@ -67,6 +67,19 @@ def test_float32_gradients_on_the_device_are_those_of_the_cpu(
         assert float((ours - theirs).norm() / theirs.norm()) < 1e-4
 
 
+@pytest.mark.parametrize("architecture", ["gemma3_text", "glm4_moe"])
+def test_the_layers_buffers_are_on_the_device_too(
+    pairs: Callable[[str], Any], architecture: str, tmp_path: Path
+) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = False
+    folder = pairs(architecture).base
+    here = _gradients(folder, "cpu", torch.float32, tmp_path / "cpu")
+    there = _gradients(folder, CUDA, torch.float32, tmp_path / "gpu")
+    for name in ("reasoning", "agent"):
+        ours, theirs = _flat(there, name), _flat(here, name)
+        assert float((ours - theirs).norm() / theirs.norm()) < 1e-4
+
+
 def test_bfloat16_compute_sums_gradients_in_float32_and_scores_within_a_few_percent(
     tiny_pair: Any, tmp_path: Path
 ) -> None:

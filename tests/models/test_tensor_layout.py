@@ -192,9 +192,9 @@ def test_multi_token_prediction_is_refused_where_the_table_does_not_carry_it(
 
 
 def test_an_architecture_without_a_table_is_refused_and_the_known_ones_are_named() -> None:
-    assert known_architectures() == ["qwen3", "qwen3_moe", "qwen3_next"]
-    with pytest.raises(CheckpointError, match=r"'llama' has no layout table.*qwen3_moe"):
-        layout_of("llama")
+    with pytest.raises(CheckpointError, match=r"'mamba' has no layout table.*qwen3_moe") as caught:
+        layout_of("mamba")
+    assert all(name in str(caught.value) for name in known_architectures())
 
 
 # Many names

@@ -41,10 +41,28 @@ def half_ulp(exact: torch.Tensor) -> torch.Tensor:
     return torch.ldexp(torch.ones_like(exact), exponent - 9)
 
 
+def assert_loads(folder: Path) -> None:
+    """transformers finds all that it expects in a checkpoint, and nothing else."""
+    from transformers import AutoModelForCausalLM
+
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    problems = {kind: names for kind, names in info.items() if names}
+    assert not problems
+    tensors = load_tensors(folder)
+    state = model.state_dict()
+    alike = [n for n in tensors if n in state]
+    assert all(torch.equal(state[n], tensors[n]) for n in alike)
+    assert "model.embed_tokens.weight" in alike and "model.norm.weight" in alike
+
+
+SITES = ("published", "all")
 CASES = [
     *((name, "published") for name in (*ARCHITECTURES, "square")),
     ("qwen3_moe", "all"),
     ("qwen3_next", "all"),
+    # Of the other architectures those that differ most: a bare decoder, norms on both sides
+    # of each half, and dense beside sparse layers with a buffer that is stored.
+    *((name, sites) for name in ("llama", "gemma3_text", "glm4_moe") for sites in SITES),
 ]
 ROWS = "{'<think>': 0.8, '</think>': 0.8}"
 
@@ -81,6 +99,7 @@ def test_every_merged_weight_is_the_formulas_value_rounded(
     assert alike > 0.999 * total
     changed = sum(int((found[n] != plain.base[n]).sum()) for n in found)
     assert changed > 0.1 * total
+    assert_loads(tmp_path / "out")
 
 
 def test_borrowing_a_basis_matters_where_the_widths_are_equal(tmp_path: Path) -> None:

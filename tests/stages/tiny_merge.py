@@ -112,6 +112,7 @@ def layer_of(name: str) -> int | None:
 def component_of(name: str) -> str:
     """A tensor's component by DESIGN 1."""
     kinds = [
+        ("e_score_correction_bias", "carried"), ("shared_experts.", "shared_expert"),
         ("embed_tokens", "embedding"), ("lm_head", "lm_head"), ("norm.weight", "norm"),
         ("self_attn", "attention"), ("linear_attn", "linear_attn"),
         (".experts.", "expert"), ("shared_expert_gate", "router"), ("shared_expert.",
@@ -132,6 +133,9 @@ class PlainMerge:
         self.tokenizer = AutoTokenizer.from_pretrained(pair.base)
         self.base = load_tensors(pair.base)
         self.donor = load_tensors(pair.donor)
+        # Where the input of the feed-forward part is normed; Gemma has a norm of its own.
+        gemma = any("pre_feedforward_layernorm" in name for name in self.base)
+        self.ffn_norm = "pre_feedforward_layernorm" if gemma else "post_attention_layernorm"
         experts = any(".experts." in name for name in self.base)
         options = {"experts_implementation": "eager"} if experts else {}
         self.model = AutoModelForCausalLM.from_pretrained(
@@ -178,7 +182,7 @@ class PlainMerge:
         squares: dict[int, dict[str, float]] = {}
         for name, base in self.base.items():
             layer, component = layer_of(name), component_of(name)
-            if layer is None:
+            if layer is None or component == "carried":
                 continue
             step = self.delta(name).double()
             both = torch.minimum(-reasoning[name] * step, -agent[name] * step)
@@ -224,7 +228,7 @@ class PlainMerge:
 
             return hook
 
-        kinds = ("input_layernorm", "post_attention_layernorm", "o_proj", "down_proj", "out_proj")
+        kinds = ("input_layernorm", self.ffn_norm, "o_proj", "down_proj", "out_proj")
         handles = [
             module.register_forward_hook(watch(name))
             for name, module in self.model.named_modules()
@@ -241,8 +245,8 @@ class PlainMerge:
     def _expert_inputs(self, rows: dict[str, Tensor], chosen: dict[str, list[Tensor]]) -> None:
         for name in [n for n in self.base if n.endswith("mlp.gate.weight")]:
             layer = name.removesuffix("mlp.gate.weight")
-            states = rows[f"{layer}post_attention_layernorm"]
-            routed = (states @ self.base[name].double().T).topk(2, dim=-1).indices
+            states = rows[f"{layer}{self.ffn_norm}"]
+            _, _, routed = self.model.get_submodule(f"{layer}mlp.gate")(states)
             for expert in range(self.base[name].shape[0]):
                 own = states[(routed == expert).any(-1)]
                 place = f"{layer}mlp.experts.{expert}"
@@ -258,20 +262,22 @@ class PlainMerge:
         if kind in ("q_proj", "k_proj", "v_proj", "in_proj_qkvz", "in_proj_ba"):
             return self.inputs[f"{layer}.input_layernorm"]
         if kind in ("gate_proj", "up_proj"):
-            return self.inputs[f"{layer}.post_attention_layernorm"]
+            return self.inputs[f"{layer}.{self.ffn_norm}"]
         if kind == "out_proj":
             return self.inputs[f"{place}.{kind}"]
         if kind not in ("o_proj", "down_proj"):
             return None
         if self.sites == "all":
             return self.inputs[f"{place}.{kind}"]
-        norm = "input_layernorm" if kind == "o_proj" else "post_attention_layernorm"
+        norm = "input_layernorm" if kind == "o_proj" else self.ffn_norm
         borrowed = self.inputs[f"{layer}.{norm}"]
         return borrowed if borrowed.shape[1] == self.base[name].shape[1] else None
 
     def edit(self, name: str) -> Tensor:
         """The intended edit of one tensor, float64."""
         delta, layer, component = self.delta(name), layer_of(name), component_of(name)
+        if component == "carried":
+            return torch.zeros_like(delta).double()
         if component in ("embedding", "lm_head"):
             scale = torch.full((delta.shape[0], 1), 0.0 if component == "embedding" else 0.03)
             scale[:3] = 0.0  # the special tokens
