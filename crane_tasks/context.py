@@ -16,6 +16,7 @@ from crane_tasks.data import load_rows
 from crane_tasks.errors import CheckpointError, RecipeError
 from crane_tasks.models.checkpoint import INDEX, SINGLE, TOKENIZER_FILES, Pair, side_files
 from crane_tasks.models.pace import Step
+from crane_tasks.models.stream import free_memory
 from crane_tasks.recipe import Recipe
 
 GENERATION = "generation_config.json"
@@ -73,6 +74,12 @@ class Context:
     def compute_dtype(self) -> torch.dtype:
         dtype: torch.dtype = getattr(torch, self.compute)
         return dtype
+
+    @property
+    def state_memory(self) -> int:
+        """Bytes of hidden states that a walk holds in memory: the recipe's, or half the free."""
+        own = self.recipe.run.state_memory
+        return free_memory() // 2 if own is None else own
 
     def show_step(self, stage: str, step: Step) -> None:
         """A walk's step as two bars: the walk, and the items within a layer."""

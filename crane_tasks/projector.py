@@ -66,7 +66,7 @@ def write_projector(ctx: Context, format_set: Artifact, draft: Draft) -> None:
         items,
         sites_in_use(base.layout, settings.sites),
         gram=gram,
-        states=States(draft.scratch, ctx.recipe.run.state_memory),
+        states=States(draft.scratch, ctx.state_memory),
         done={i for i in range(base.num_layers) if draft.done(unit_name(i))},
         visit=visit,
         progress=lambda step: ctx.show_step(STAGE, step),

@@ -122,7 +122,8 @@ class Run(Section):
     state_memory: ByteSize | None = Field(
         default=None,
         ge=0,
-        description="hidden states of a walk held in memory; the rest is read back from disk",
+        description="hidden states of a walk held in memory (half of what is free); the rest "
+        "is read back from disk",
     )
     threads: int | None = Field(default=None, gt=0)
 

@@ -99,7 +99,7 @@ def walk_scores(
     base = ctx.pair().base
     stream = LayerStream(base, device=ctx.torch_device, compute=ctx.compute_dtype)
     tokens = {name: read_set(artifact) for name, artifact in sets.items()}
-    states = States(draft.scratch, ctx.recipe.run.state_memory)
+    states = States(draft.scratch, ctx.state_memory)
     items = {name: found.items() for name, found in tokens.items()}
     walk = GradientWalk(stream, items, states, kept=KEPT)
     slots = dict(base.layers())

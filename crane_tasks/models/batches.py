@@ -15,7 +15,7 @@ from torch import Tensor
 
 # Tokens of one batch, padding included: enough to fill the device, little enough that one
 # layer's activations stay small beside its weights.
-TOKENS = {"cpu": 2048, "cuda": 8192}
+TOKENS = {"cpu": 1024, "cuda": 6144}
 ONE_BY_ONE = 1  # a limit that puts every item into a batch of its own
 # A batch's shortest item is at least this share of its longest, so padding is bounded.
 LIKE = 0.75

@@ -20,7 +20,7 @@ from crane_tasks.models.safetensors_io import DTYPES, ShardWriter, read_header, 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 SUFFIX = ".safetensors"
 DIGITS = 64  # of a blake3 digest
-# Lists that may wait to be written: the walk is never further ahead of the disk than that.
+# Tasks for the disk that may wait without their list being held in memory anyway.
 BEHIND = 2
 
 
@@ -28,7 +28,7 @@ class States:
     """Named lists of tensors, each on disk whole or not at all.
 
     At most `budget` bytes of them stay in memory as well (None: all); the oldest go first,
-    as the way back needs them last.
+    as the way back needs them last. What is dropped before its turn is never written.
     """
 
     def __init__(self, folder: Path, budget: int | None = None) -> None:
@@ -40,7 +40,9 @@ class States:
         self._sound: set[Path] = set()
         # One thread: what is dropped after a save is dropped after it on disk, too.
         self._disk = ThreadPoolExecutor(1, thread_name_prefix="states")
-        self._tasks: deque[Future[None]] = deque()
+        self._tasks: deque[tuple[str, Future[None]]] = deque()
+        self._wanted: dict[str, int] = {}  # the save of each name that still counts
+        self._saves = 0
 
     def within(self, name: str) -> "States":
         """The states of one plan, apart from those of others."""
@@ -74,14 +76,21 @@ class States:
         while self._budget is not None and _size(self._memory) > self._budget:
             self._memory.popitem(last=False)
         event = recorded() if any(t.is_cuda for t in states) else None
-        self._later(lambda: self._write(name, states, event), most=BEHIND)
+        self._saves += 1
+        self._wanted[name] = number = self._saves
+        self._later(name, lambda: self._write(name, number, states, event))
+        # A list that waits for the disk is in memory all the same: only so many may.
+        while sum(waiting not in self._memory for waiting, _ in self._tasks) > BEHIND:
+            self._tasks.popleft()[1].result()
 
-    def _later(self, task: Callable[[], None], most: int) -> None:
-        self._tasks.append(self._disk.submit(task))
-        while len(self._tasks) > most:
-            self._tasks.popleft().result()
+    def _later(self, name: str, task: Callable[[], None]) -> None:
+        while self._tasks and self._tasks[0][1].done():
+            self._tasks.popleft()[1].result()
+        self._tasks.append((name, self._disk.submit(task)))
 
-    def _write(self, name: str, states: list[Tensor], event: Any) -> None:
+    def _write(self, name: str, number: int, states: list[Tensor], event: Any) -> None:
+        if self._wanted.get(name) != number:
+            return  # dropped or saved again since
         part = self._folder / f"{name}.part"
         announced = [(str(i), NAMES[t.dtype], tuple(t.shape)) for i, t in enumerate(states)]
         with ShardWriter(part, announced, {}, durable=False) as writer:
@@ -120,7 +129,8 @@ class States:
     def drop(self, name: str) -> None:
         """Forget a list, after what was saved before is on disk."""
         self._memory.pop(name, None)
-        self._later(lambda: self._remove(name), most=2 * BEHIND)
+        self._wanted.pop(name, None)
+        self._later(name, lambda: self._remove(name))
 
     def _remove(self, name: str) -> None:
         for file in self._files(name):
@@ -133,7 +143,7 @@ class States:
             OSError: something could not be written.
         """
         while self._tasks:
-            self._tasks.popleft().result()
+            self._tasks.popleft()[1].result()
 
 
 def _fetched(state: Tensor, event: Any) -> Tensor:

@@ -7,13 +7,13 @@ injected, so that embedding, final norm, head and soft-capping stay the library'
 """
 
 import math
-import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from jaxtyping import Float, Int
@@ -37,7 +37,7 @@ CONFIG_ERRORS = (
 )
 # Logits are made for so many bytes of float32 at a time: a vocabulary of 152k times 2,000
 # target tokens would be 1.2 GB.
-LOGIT_BYTES = 256 * 2**20
+LOGIT_BYTES = {"cpu": 32 * 2**20, "cuda": 256 * 2**20}
 
 
 @dataclass(frozen=True)
@@ -187,13 +187,19 @@ def _stored_shape(checkpoint: Checkpoint, name: str) -> tuple[int, ...] | None:
     return (len(checkpoint.pieces[templates[0]]), sum(s[0] for s in shapes), *shapes[0][1:])
 
 
+def free_memory() -> int:
+    """Bytes of host memory that can be had without swapping."""
+    available: int = psutil.virtual_memory().available
+    return available
+
+
 def fits(checkpoint: Checkpoint, device: torch.device, compute: torch.dtype) -> bool:
     """Whether all weights, in `compute` dtype, take at most half of the free memory."""
     weights = sum(math.prod(entry.shape) for entry in checkpoint.entries.values())
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
     else:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        free = free_memory()
     return 2 * weights * compute.itemsize <= free
 
 
@@ -415,7 +421,7 @@ class LayerStream:
         weights = weights.to(self.device)
         places = [_target_places(row, hidden.shape[1], item) for row, item in enumerate(items)]
         rows, at, labels = (torch.cat(part).to(self.device) for part in zip(*places, strict=True))
-        step = max(1, LOGIT_BYTES // (4 * int(self._model.config.vocab_size)))
+        step = max(1, LOGIT_BYTES[self.device.type] // (4 * int(self._model.config.vocab_size)))
         leaf = hidden.detach().reshape(1, -1, hidden.shape[-1]).requires_grad_(grad)
         with self.head():
             for first in range(0, rows.numel(), step):

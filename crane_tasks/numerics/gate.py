@@ -55,19 +55,23 @@ def stacked_gain_sums(
     def total(x: Tensor) -> Tensor:
         return x.flatten(1).sum(1, dtype=torch.float64)
 
+    def squares(x: Tensor) -> Tensor:
+        norms: Tensor = torch.linalg.vector_norm(x.flatten(1), dim=1, dtype=torch.float64)
+        return norms.square()
+
     count = base.shape[0]
-    wide = torch.promote_types(delta.dtype, torch.float32)
+    wide = delta.to(torch.promote_types(delta.dtype, torch.float32))
     # s_K = -g_K δ. The signs are put to the sums, which spares a pass over the weights:
     # Σ max(0, min(-a, -b)) = -Σ min(0, max(a, b)).
-    a, b = grad_r.to(wide) * delta, grad_a.to(wide) * delta
+    a, b = grad_r * wide, grad_a * wide
     columns = [
         -total(torch.maximum(a, b).clamp_max_(0)),
         -total(a),
         -total(b),
-        total(a.square_()),
-        total(b.square_()),
-        total(base.double().square()),
-        total(delta.double().square()),
+        squares(a),
+        squares(b),
+        squares(base),
+        squares(delta),
         torch.full((count,), base[0].numel(), dtype=torch.float64, device=base.device),
     ]
     return torch.stack(columns, dim=1)

@@ -16,7 +16,7 @@ from crane_tasks.models.checkpoint import Checkpoint
 from crane_tasks.models.gradients import Gradients, GradientWalk, item_losses
 from crane_tasks.models.pace import Step
 from crane_tasks.models.states import States
-from crane_tasks.models.stream import Item, LayerStream
+from crane_tasks.models.stream import LOGIT_BYTES, Item, LayerStream
 
 CPU = torch.device("cpu")
 Found = dict[int | None, dict[str, Gradients]]
@@ -171,7 +171,7 @@ def test_logits_made_in_blocks_give_the_same_gradients(
 ) -> None:
     whole, walked = walk(moe_pair.base, tmp_path / "whole")
     # Five positions of 320 float32 logits at a time.
-    monkeypatch.setattr("crane_tasks.models.stream.LOGIT_BYTES", 5 * 320 * 4)
+    monkeypatch.setitem(LOGIT_BYTES, "cpu", 5 * 320 * 4)
     parts, cut = walk(moe_pair.base, tmp_path / "parts")
     for name in LENGTHS:
         assert cut.losses[name] == pytest.approx(walked.losses[name], rel=1e-6)
