@@ -64,7 +64,7 @@ def build_targets(ctx: Context, section: TargetSet, ref: Ref) -> Built:
     """Make or find a target set."""
 
     def write(draft: Draft) -> None:
-        write_targets(ctx, section, load_rows(ctx.recipe, section.data), draft)
+        write_targets(ctx, section, _rows_of(ctx, section.data, ref), draft)
 
     return ctx.store.build(ref, SCHEMA, write)
 
@@ -73,9 +73,21 @@ def build_format(ctx: Context, section: FormatSet, ref: Ref) -> Built:
     """Make or find a format set."""
 
     def write(draft: Draft) -> None:
-        write_format(ctx, section, load_rows(ctx.recipe, section.data), draft)
+        write_format(ctx, section, _rows_of(ctx, section.data, ref), draft)
 
     return ctx.store.build(ref, SCHEMA, write)
+
+
+def _rows_of(ctx: Context, data: str, ref: Ref) -> Rows:
+    """The rows that a key was made of.
+
+    Raises:
+        DataError: the file was changed since: its rows would be stored under others' key.
+    """
+    rows = load_rows(ctx.recipe, data)
+    if rows.digest != ref.inputs["data"]:
+        raise DataError(f"{data}: was changed while the run was under way. Run it again.")
+    return rows
 
 
 def render(tokenizer: Any, row: Row, *, prompt: bool) -> str:
