@@ -1,13 +1,14 @@
 """Stage `calibration`: token ids of the calibration and evaluation sets.
 
 A target set holds prompts with their targets: the row's `completion` and EOS, or else the
-greedy continuation by donor or base. A format set holds complete conversations with a mask
-of the format tokens and their neighbours. Each set is an artifact of its own, so that a new
-reasoning set leaves the projector alone.
+greedy continuation by donor, base or a running server. A format set holds complete
+conversations with a mask of the format tokens and their neighbours. Each set is an artifact of
+its own, so that a new reasoning set leaves the projector alone.
 """
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -16,16 +17,17 @@ import torch
 from jinja2 import TemplateError
 from torch import Tensor
 
-from artifacts.ref import Ref
+from artifacts.ref import Ref, digest_of
 from artifacts.schema import Schema
 from artifacts.store import Artifact, Built, Draft
 from crane_tasks.check import load_tokenizer
 from crane_tasks.context import Context
 from crane_tasks.data import Row, Rows, load_rows
+from crane_tasks.decoding import Work, decoded_batches
 from crane_tasks.errors import DataError
-from crane_tasks.models.decode import decode_greedily, load_resident
+from crane_tasks.models.endpoint import check_server
 from crane_tasks.models.stream import Item
-from crane_tasks.recipe import FormatSet, TargetSet
+from crane_tasks.recipe import Endpoint, FormatSet, TargetSet
 
 STAGE = "calibration"
 VERSION = 1
@@ -47,11 +49,23 @@ def target_ref(ctx: Context, section: TargetSet, rows: Rows) -> Ref:
     """The key of a target set; who decodes is an input only if something is decoded."""
     config: dict[str, Any] = {"kind": "targets", "max_length": section.max_length}
     inputs = {"data": rows.digest, "tokenizer": ctx.tokenizer_id}
-    if any(row.completion is None for row in rows.rows):
+    if not _waiting(rows):
+        return Ref(STAGE, VERSION, config, inputs)
+    config["max_new_tokens"] = section.max_new_tokens
+    if isinstance(section.targets, Endpoint):
+        # By its name alone: a server that moves to another URL has the same model.
+        config["model"] = section.targets.model
+        inputs["stops"] = digest_of(ctx.stops)
+    else:
         inputs["decoder"] = ctx.donor_id if section.targets == "donor" else ctx.base_id
         inputs["stops"] = ctx.stops[section.targets]
-        config |= {"max_new_tokens": section.max_new_tokens, "compute": ctx.compute}
+        config["compute"] = ctx.compute
     return Ref(STAGE, VERSION, config, inputs)
+
+
+def _waiting(rows: Rows) -> list[int]:
+    """The rows whose target must be decoded."""
+    return [i for i, row in enumerate(rows.rows) if row.completion is None]
 
 
 def format_ref(ctx: Context, section: FormatSet, rows: Rows) -> Ref:
@@ -64,7 +78,7 @@ def build_targets(ctx: Context, section: TargetSet, ref: Ref) -> Built:
     """Make or find a target set."""
 
     def write(draft: Draft) -> None:
-        write_targets(ctx, section, load_rows(ctx.recipe, section.data), draft)
+        write_targets(ctx, section, _rows_of(ctx, section.data, ref), draft)
 
     return ctx.store.build(ref, SCHEMA, write)
 
@@ -73,9 +87,21 @@ def build_format(ctx: Context, section: FormatSet, ref: Ref) -> Built:
     """Make or find a format set."""
 
     def write(draft: Draft) -> None:
-        write_format(ctx, section, load_rows(ctx.recipe, section.data), draft)
+        write_format(ctx, section, _rows_of(ctx, section.data, ref), draft)
 
     return ctx.store.build(ref, SCHEMA, write)
+
+
+def _rows_of(ctx: Context, data: str, ref: Ref) -> Rows:
+    """The rows that a key was made of.
+
+    Raises:
+        DataError: the file was changed since: its rows would be stored under others' key.
+    """
+    rows = load_rows(ctx.recipe, data)
+    if rows.digest != ref.inputs["data"]:
+        raise DataError(f"{data}: was changed while the run was under way. Run it again.")
+    return rows
 
 
 def render(tokenizer: Any, row: Row, *, prompt: bool) -> str:
@@ -114,16 +140,22 @@ def check_targets(tokenizer: Any, section: TargetSet, rows: Rows) -> list[list[i
             )
         if row.completion is not None and not row.completion.strip():
             raise DataError(f"{row.place}: `completion` is empty")
-        if row.completion is not None and tokenizer.eos_token_id is None:
+        ours = row.completion is not None or isinstance(section.targets, Endpoint)
+        if ours and tokenizer.eos_token_id is None:
             raise DataError(
-                f"{row.place}: a `completion` ends with EOS, and the base's tokenizer names none"
+                f"{row.place}: a `completion` and a server's answer end with EOS, and the base's "
+                "tokenizer names none"
             )
         prompts.append(ids)
     return prompts
 
 
 def write_targets(ctx: Context, section: TargetSet, rows: Rows, draft: Draft) -> None:
-    """Unit of work: one batch of rows to decode, then the whole set."""
+    """Unit of work: one batch of rows to decode, then the whole set.
+
+    The metadata of a set that a server decoded says by which `model`, and whether the targets
+    are `token_exact`: what the model emitted, not its text cut into tokens anew.
+    """
     tokenizer = load_tokenizer(ctx.base)
     prompts = check_targets(tokenizer, section, rows)
     targets: list[list[int]] = [[] for _ in prompts]
@@ -136,6 +168,8 @@ def write_targets(ctx: Context, section: TargetSet, rows: Rows, draft: Draft) ->
     empty = [row.place for row, ids in zip(rows.rows, targets, strict=True) if not ids]
     if empty:
         raise DataError(f"{', '.join(empty)}: the {section.targets} gave an empty target")
+    if isinstance(section.targets, Endpoint) and _waiting(rows):
+        _note_server(ctx, section, section.targets, draft)
     sequences = [(p + t)[: section.max_length] for p, t in zip(prompts, targets, strict=True)]
     with draft.unit("set") as unit:
         unit.write("token_ids", torch.tensor([i for s in sequences for i in s]))
@@ -155,31 +189,37 @@ def _decoded(
 ) -> Iterator[tuple[int, list[int]]]:
     """(row, target ids) of the rows without completion, batch by batch, resumable."""
     # Longest first: out of memory shows at once, and batches hold like lengths.
-    waiting = sorted(
-        (i for i, row in enumerate(rows.rows) if row.completion is None),
-        key=lambda i: (-len(prompts[i]), i),
-    )
+    waiting = sorted(_waiting(rows), key=lambda i: (-len(prompts[i]), i))
     batches = [waiting[i : i + DECODE_BATCH] for i in range(0, len(waiting), DECODE_BATCH)]
-    model = None
-    for number, batch in enumerate(batches):
-        name = f"decoded.{number}"
-        if not draft.done(name):
-            if model is None:
-                folder = ctx.donor if section.targets == "donor" else ctx.base
-                model = load_resident(folder, ctx.torch_device, ctx.compute_dtype)
-            # No target can be longer than what max_length leaves of it.
-            room = max(section.max_length - len(prompts[i]) for i in batch)
-            found = decode_greedily(
-                model,
-                [prompts[i] for i in batch],
-                max_new_tokens=min(section.max_new_tokens, room),
-                pad=tokenizer.pad_token_id,
-                eos=tokenizer.eos_token_id,
-            )
-            with draft.unit(name) as unit:
-                unit.meta |= {"places": [rows.rows[i].place for i in batch], "targets": found}
-        yield from zip(batch, draft.units[name]["meta"]["targets"], strict=True)
-        ctx.progress(STAGE, number + 1, len(batches), "batches decoded")
+    missing = [b for number, b in enumerate(batches) if not draft.done(f"decoded.{number}")]
+    work = Work(ctx, section, tokenizer, rows, prompts)
+    # Closed at an error, too: the server must not go on with what nobody waits for.
+    with closing(decoded_batches(work, missing)) as found:
+        for number, batch in enumerate(batches):
+            name = f"decoded.{number}"
+            if not draft.done(name):
+                record = next(found)
+                with draft.unit(name) as unit:
+                    unit.meta |= {"places": [rows.rows[i].place for i in batch], **record}
+            yield from zip(batch, draft.units[name]["meta"]["targets"], strict=True)
+            ctx.progress(STAGE, number + 1, len(batches), "batches decoded")
+
+
+def _note_server(ctx: Context, section: TargetSet, server: Endpoint, draft: Draft) -> None:
+    """Say in the set's metadata, and if need be to the user, what the targets are."""
+    exact = all(record["meta"].get("token_exact", True) for record in draft.units.values())
+    draft.meta |= {"model": server.model, "token_exact": exact}
+    if not exact:
+        ctx.notice(
+            f"{section.data}: {server.model} was served without token ids, so its text was cut "
+            "into tokens anew. These need not be those that it emitted."
+        )
+
+
+def retokenised(ctx: Context, refs: Mapping[str, Ref]) -> list[str]:
+    """The finished sets whose targets a server gave as text alone."""
+    metas = {name: ctx.store.open(ref).meta for name, ref in refs.items() if ctx.store.has(ref)}
+    return [name for name, meta in metas.items() if not meta.get("token_exact", True)]
 
 
 def check_format(ctx: Context, section: FormatSet, ref: Ref) -> None:
@@ -308,14 +348,17 @@ def calibration_refs(ctx: Context) -> CalibrationRefs:
 
 
 def check_prompts(ctx: Context, section: TargetSet, ref: Ref) -> None:
-    """Render and measure every prompt of a set that is still to be made.
+    """Render and measure every prompt of a set that is still to be made, and look who decodes.
 
     Raises:
         DataError: before any model is loaded, what `check_targets` refuses.
+        EndpointError: the server that would decode is not there, or has no such model.
     """
     if not ctx.store.has(ref):
         rows = load_rows(ctx.recipe, section.data)
         check_targets(load_tokenizer(ctx.base), section, rows)
+        if isinstance(section.targets, Endpoint) and _waiting(rows):
+            check_server(section.targets)
 
 
 def count_tokens(ctx: Context) -> int:

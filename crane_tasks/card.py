@@ -80,8 +80,7 @@ def model_card(facts: Facts) -> str:
     base, donor = facts.base, facts.donor
     rows = {title: facts.config[key] for key, title in ROWS.items() if facts.config.get(key)}
     table = "\n".join(f"| {title} | {value} |" for title, value in rows.items())
-    shown = recipe.model_dump(mode="json", exclude={"run"}, exclude_unset=True)
-    shown |= {"base": base, "donor": donor}
+    shown = recipe.published() | {"base": base, "donor": donor}
     return f"""{_front_matter(facts)}
 # {recipe.name}
 

@@ -2,11 +2,12 @@
 
 import json
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from crane_tasks.errors import CheckpointError
-from crane_tasks.models.checkpoint import Checkpoint, Pair, listed
+from crane_tasks.models.checkpoint import TOKENIZER_FILES, Checkpoint, Pair, listed
 from crane_tasks.models.stream import CONFIG_ERRORS, check_parameters
 
 # Config fields in which an Instruct and a Thinking model may differ: they do not enter the
@@ -118,11 +119,19 @@ def special_tokens(tokenizer: Any) -> set[str]:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The checkpoint's fast tokenizer.
+    """The checkpoint's fast tokenizer, loaded once per process while its files stay as they are.
 
     Raises:
         CheckpointError: it has none, or none with offsets.
     """
+    files = [folder / name for name in (*TOKENIZER_FILES, "config.json")]
+    stats = [(f.name, f.stat()) for f in files if f.exists()]
+    return _tokenizer(folder, tuple((n, s.st_size, s.st_mtime_ns) for n, s in stats))
+
+
+@lru_cache(maxsize=4)
+def _tokenizer(folder: Path, files: tuple[tuple[str, int, int], ...]) -> Any:
+    """The tokenizer of a folder whose files had these sizes and modification times."""
     from transformers import AutoTokenizer
 
     try:

@@ -1,6 +1,7 @@
 """What every stage is given: the recipe, the store, and who the checkpoints are."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -37,6 +38,10 @@ def no_progress(stage: str, done: int, total: int, what: str, bar: str = "") -> 
     """For callers that show nothing."""
 
 
+def no_notice(text: str) -> None:
+    """For callers that tell nothing."""
+
+
 @dataclass(frozen=True)
 class Context:
     """One run's surroundings. Small and picklable: paths and digests, no tensors.
@@ -50,6 +55,7 @@ class Context:
         output: where the merged checkpoint goes.
         device: resolved torch device, e.g. "cpu".
         compute: resolved dtype of forward and backward passes.
+        notice: hears what a person should know of, though the run goes on.
     """
 
     recipe: Recipe
@@ -65,6 +71,7 @@ class Context:
     device: str
     compute: str
     progress: Progress = no_progress
+    notice: Callable[[str], None] = no_notice
 
     @property
     def torch_device(self) -> torch.device:
@@ -97,7 +104,12 @@ def _opened_pair(base: Path, donor: Path) -> Pair:
     return Pair.open(base, donor)
 
 
-def make_context(recipe: Recipe, store: Store, progress: Progress = no_progress) -> Context:
+def make_context(
+    recipe: Recipe,
+    store: Store,
+    progress: Progress = no_progress,
+    notice: Callable[[str], None] = no_notice,
+) -> Context:
     """Find the checkpoints, compare their headers, and identify them by content.
 
     Raises:
@@ -142,6 +154,7 @@ def make_context(recipe: Recipe, store: Store, progress: Progress = no_progress)
         device=device,
         compute=compute,
         progress=progress,
+        notice=notice,
     )
 
 

@@ -4,6 +4,7 @@ import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -45,22 +46,38 @@ class Rows:
     digest: str
 
 
+# More sources than a recipe names: a run reads each of its files once.
+SOURCES_KEPT = 8
+
+
 def load_rows(recipe: Recipe, value: str) -> Rows:
     """All rows of a file, or of the train split of a hub dataset.
+
+    An unchanged file is read once per process; a hub dataset, which `datasets` keeps on
+    disk, each time.
 
     Raises:
         DataError: absent, unreadable, empty, or a row that is no conversation; a broken
             JSONL line is named by its number.
     """
     file = recipe.locate(value)
-    if file is None and (value.count("/") != 1 or Path(value).suffix in (".jsonl", ".parquet")):
+    if file is not None:
+        stat = file.stat()
+        return _rows_of_file(file, value, stat.st_size, stat.st_mtime_ns)
+    if value.count("/") != 1 or Path(value).suffix in (".jsonl", ".parquet"):
         raise DataError(f"{value}: no such data file beside the recipe or in this folder")
-    raw = _read_hub(value) if file is None else _read_file(file)
-    unit = "line" if file is not None and file.suffix == ".jsonl" else "row"
-    name = value if file is None else file.name
-    rows = tuple(
-        _row(record, f"{name} {unit} {number}") for number, record in enumerate(raw, start=1)
-    )
+    return _rows(_read_hub(value), value, f"{value} row")
+
+
+@lru_cache(maxsize=SOURCES_KEPT)
+def _rows_of_file(file: Path, value: str, size: int, mtime_ns: int) -> Rows:
+    """The rows of a file as it was at a size and modification time."""
+    unit = "line" if file.suffix == ".jsonl" else "row"
+    return _rows(_read_file(file), value, f"{file.name} {unit}")
+
+
+def _rows(raw: Sequence[Mapping[str, Any]], value: str, place: str) -> Rows:
+    rows = tuple(_row(record, f"{place} {number}") for number, record in enumerate(raw, start=1))
     if not rows:
         raise DataError(f"{value}: holds no rows")
     return Rows(value, rows, digest_of([row.content() for row in rows]))

@@ -24,6 +24,10 @@ class DataError(BadInput):
     """A calibration or evaluation data file is missing, broken or empty."""
 
 
+class EndpointError(BadInput):
+    """The server that decodes targets is not there, refuses, or gives no usable completion."""
+
+
 class ScoreError(CraneError):
     """The gate's scores cannot be normalised: the baseline has no positive gain."""
 

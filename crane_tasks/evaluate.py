@@ -34,7 +34,7 @@ from crane_tasks.models.checkpoint import Checkpoint
 from crane_tasks.models.decode import decode_greedily, load_resident
 from crane_tasks.models.gradients import item_losses
 from crane_tasks.models.stream import LayerStream
-from crane_tasks.recipe import TargetSet
+from crane_tasks.recipe import Endpoint, Targets, TargetSet
 
 STAGE = "evaluate"
 VERSION = 1
@@ -77,14 +77,21 @@ class EvaluationSets:
 
 
 def heldout_section(ctx: Context, name: str) -> TargetSet | None:
-    """The held-out set `reasoning` or `agent` as a target set, or None."""
+    """The held-out set `reasoning` or `agent` as a target set, or None.
+
+    What the recipe has decoded by a server for calibration is decoded there here as well.
+    """
     settings = ctx.recipe.evaluate
     data = getattr(settings, name)
     if data is None:
         return None
+    given: TargetSet = getattr(ctx.recipe.calibration, name)
+    targets: Targets = "donor" if name == "reasoning" else "base"
+    if isinstance(given.targets, Endpoint):
+        targets = given.targets
     return TargetSet(
         data=data,
-        targets="donor" if name == "reasoning" else "base",
+        targets=targets,
         max_new_tokens=settings.max_new_tokens,
         max_length=settings.max_length,
     )

@@ -8,9 +8,20 @@ import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 import yaml
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, PrivateAttr, ValidationError
+from pydantic import (
+    BaseModel,
+    ByteSize,
+    ConfigDict,
+    Discriminator,
+    Field,
+    PrivateAttr,
+    Tag,
+    ValidationError,
+    field_validator,
+)
 
 from crane_tasks.errors import RecipeError
 
@@ -31,24 +42,59 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+class Endpoint(Section):
+    """A running OpenAI-compatible server (vLLM, SGLang, llama.cpp, ...) that decodes targets.
+
+    Its key, where it asks for one, is read from the environment: OPENAI_API_KEY.
+    """
+
+    endpoint: str = Field(description="where /completions lies, e.g. http://localhost:8000/v1")
+    model: str = Field(min_length=1, description="the name the server gives it; part of the key")
+
+    @field_validator("endpoint")
+    @classmethod
+    def _plain_url(cls, value: str) -> str:
+        parts = urlsplit(value)
+        _ = parts.port  # a ValueError if it is no number
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError("an http or https URL, such as http://localhost:8000/v1")
+        # The recipe is written into the output, the report and the store.
+        if parts.username or parts.password or parts.query or parts.fragment:
+            raise ValueError("a URL without user, password or query: keys go in OPENAI_API_KEY")
+        return value
+
+
+def _kind_of_targets(value: Any) -> str:
+    return "server" if isinstance(value, Mapping | Endpoint) else "side"
+
+
+TARGET_KINDS = ("side", "server")
+# Told apart before they are read, so that a message is about the one that was meant.
+Targets = Annotated[
+    Annotated[Literal["donor", "base"], Tag("side")] | Annotated[Endpoint, Tag("server")],
+    Discriminator(_kind_of_targets),
+]
+
+
 class TargetSet(Section):
     """A set of prompts whose continuations are the targets."""
 
     data: str = Field(description="JSONL or Parquet file, or the id of a hub dataset")
-    targets: Literal["donor", "base"] = Field(
-        description="who continues the rows that have no `completion`"
+    targets: Targets = Field(
+        description="who continues the rows that have no `completion`: donor, base, or "
+        "{endpoint: URL, model: NAME}, a running server"
     )
     max_new_tokens: int = Field(default=2048, gt=0)
     max_length: int = Field(default=2048, gt=1, description="prompt and target, in tokens")
 
 
 class ReasoningSet(TargetSet):
-    targets: Literal["donor", "base"] = "donor"
+    targets: Targets = "donor"
     max_new_tokens: int = Field(default=8192, gt=0)
 
 
 class AgentSet(TargetSet):
-    targets: Literal["donor", "base"] = "base"
+    targets: Targets = "base"
 
 
 class FormatSet(Section):
@@ -152,6 +198,12 @@ class Recipe(Section):
         candidates = [path] if path.is_absolute() else [f / path for f in self._folders]
         return next((c.resolve() for c in candidates if c.exists()), None)
 
+    def published(self) -> dict[str, Any]:
+        """What was set, without what tells of a machine: `run`, and where a server is."""
+        place = {"targets": {"endpoint"}}
+        hidden: Any = {"run": True, "calibration": {"reasoning": place, "agent": place}}
+        return self.model_dump(mode="json", exclude=hidden, exclude_unset=True)
+
     def place(self, value: str) -> Path:
         """A path to be made: relative ones lie beside the recipe."""
         path = Path(value).expanduser()
@@ -178,13 +230,19 @@ def _set_dotted(data: dict[str, Any], assignment: str) -> None:
 def _message(error: ValidationError, what: str) -> str:
     lines = []
     for problem in error.errors():
-        place = ".".join(str(part) for part in problem["loc"]) or "recipe"
+        parts = [str(part) for part in problem["loc"]]
+        # pydantic names the kind it took the targets for: no key of the recipe.
+        place = ".".join(
+            part
+            for before, part in zip(["", *parts], parts, strict=False)
+            if not (before == "targets" and part in TARGET_KINDS)
+        )
         text = problem["msg"]
         if problem["type"] == "extra_forbidden":
             text = "unknown key (misspelt?)"
         elif problem["type"] not in ("missing",) and not isinstance(problem["input"], dict):
             text = f"{text}, not {problem['input']!r}"
-        lines.append(f"  {place}: {text}")
+        lines.append(f"  {place or 'recipe'}: {text}")
     return f"{what}:\n" + "\n".join(lines)
 
 

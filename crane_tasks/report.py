@@ -41,6 +41,7 @@ class Facts:
     evaluation: dict[str, Any]
     projector: Artifact
     carried: list[str]
+    retokenised: list[str]
 
 
 def shown(metric: str, value: float | None) -> str:
@@ -105,6 +106,7 @@ def markdown(facts: Facts, pictures: dict[str, str]) -> str:
         "## What the models do",
         table(head, rows) if rows else "",
         _evaluation_note(facts.evaluation),
+        _retokenised_note(facts.retokenised),
         "## The gate's prediction",
         "First-order change of the mean loss on the calibration sets, and the realised one.",
         table(["set", "predicted", "realised"], _gate_rows(facts.evaluation)),
@@ -134,6 +136,15 @@ def _evaluation_note(evaluation: dict[str, Any]) -> str:
     counted = ", ".join(f"{count} held-out {name} rows" for name, count in rows.items())
     answers = evaluation.get("generated", 0)
     return f"{counted}; {answers} answers of each kind were generated." if answers else counted
+
+
+def _retokenised_note(sets: list[str]) -> str:
+    if not sets:
+        return ""
+    return (
+        f"Targets of {', '.join(f'`{name}`' for name in sets)}: the server gave text without "
+        "token ids, which was cut into tokens anew. These need not be those that the model emitted."
+    )
 
 
 def _carried_note(carried: list[str]) -> str:

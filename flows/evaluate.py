@@ -31,7 +31,7 @@ def evaluate(
     """
     store.waiting = notice
     store.prepare()
-    ctx = make_context(recipe, store, progress)
+    ctx = make_context(recipe, store, progress, notice)
     folder = checkpoint.expanduser().resolve()
     opened = Checkpoint.open(folder)
     if opened.layout.model_type != ctx.pair().base.layout.model_type:

@@ -28,6 +28,7 @@ from crane_tasks.calibration import (
     check_format,
     check_prompts,
     count_tokens,
+    retokenised,
 )
 from crane_tasks.context import Context, Progress, make_context, no_progress
 from crane_tasks.delta import build_delta, delta_ref
@@ -254,7 +255,7 @@ def merge(
     """
     store.waiting = notice
     store.prepare()
-    ctx = make_context(recipe, store, progress)
+    ctx = make_context(recipe, store, progress, notice)
     refs = all_refs(ctx)
     check_cheap(ctx, refs, force=force)
 
@@ -282,6 +283,7 @@ def _collect(merged: Merged) -> Merged:
         evaluation=merged.evaluation,
         projector=ctx.store.open(refs.projector),
         carried=ctx.pair().base.carried,
+        retokenised=retokenised(ctx, refs.sets.refs),
     )
     merged.report = write_report(facts, report_folder(ctx.output))
     return merged
@@ -303,7 +305,7 @@ def compute_scores(
     """S(c, l) for a recipe, computing what is missing."""
     store.waiting = notice
     store.prepare()
-    ctx = make_context(recipe, store, progress)
+    ctx = make_context(recipe, store, progress, notice)
     refs = all_refs(ctx)
     check_baseline(ctx)
     check_data(ctx, refs)

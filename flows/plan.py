@@ -10,7 +10,7 @@ from crane_tasks.calibration import count_tokens
 from crane_tasks.check import check_pair
 from crane_tasks.context import Context, Progress, make_context, no_progress
 from crane_tasks.output import holds, shard_plan
-from crane_tasks.recipe import Recipe
+from crane_tasks.recipe import Endpoint, Recipe
 from crane_tasks.room import Sizes, sizes_of
 from flows.merge import Refs, all_refs, check_cheap
 
@@ -101,9 +101,12 @@ def _needs(ctx: Context, name: str, sizes: Sizes) -> dict[str, Any]:
     tokens = count_tokens(ctx)
     passes = 2 * sizes.parameters * tokens
     io = sizes.total / DISK_RATE
+    sets = ctx.recipe.calibration
+    elsewhere = all(isinstance(s.targets, Endpoint) for s in (sets.reasoning, sets.agent))
+    resident = 0 if elsewhere else sizes.parameters * wide
     buffer = 16 * sizes.largest  # a few float32 copies of the largest tensor
     needs: dict[str, tuple[int, int, int, float]] = {
-        "calibration": (0, sizes.parameters * wide, sizes.parameters * wide, passes / rate),
+        "calibration": (0, resident, resident, passes / rate),
         "delta": (sizes.total, buffer, 0, 3 * io),
         "threshold": (0, buffer, 0, 3 * io),
         "scores": (

@@ -16,6 +16,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 
+# Coordinates worked on at once: on a CPU few enough to stay in its cache, on a GPU enough to
+# fill it.
+BLOCK = {"cpu": 2**17, "cuda": 2**25}
+
+
 @dataclass(frozen=True)
 class GainSums:
     """Additive sums over the coordinates of one or more tensors; float64 each.
@@ -49,32 +54,35 @@ def stacked_gain_sums(
 ) -> Float[Tensor, "n 8"]:
     """The sums of n tensors of one shape, a row each in the order of `GainSums`; float64.
 
-    Products in float32 (or wider), accumulated in float64; on the inputs' device.
+    Products in float32 (or wider), added up in it within blocks and in float64 across
+    them; on the inputs' device.
     """
+    count, device = base.shape[0], base.device
+    flat = [x.reshape(count, -1) for x in (base, delta, grad_r, grad_a)]
+    numel = flat[0].shape[1]
+    found = torch.zeros(count, 7, dtype=torch.float64, device=device)
+    width = max(1, BLOCK[device.type] // count)
+    for first in range(0, numel, width):
+        found += _block_sums(*(x[:, first : first + width] for x in flat))
+    return torch.cat([found, torch.full_like(found[:, :1], numel)], dim=1)
 
-    def total(x: Tensor) -> Tensor:
-        return x.flatten(1).sum(1, dtype=torch.float64)
 
-    def squares(x: Tensor) -> Tensor:
-        norms: Tensor = torch.linalg.vector_norm(x.flatten(1), dim=1, dtype=torch.float64)
-        return norms.square()
-
-    count = base.shape[0]
-    wide = delta.to(torch.promote_types(delta.dtype, torch.float32))
+def _block_sums(base: Tensor, delta: Tensor, grad_r: Tensor, grad_a: Tensor) -> Tensor:
+    """All sums but the count, for [n, width] coordinates."""
+    step = delta.to(torch.promote_types(delta.dtype, torch.float32))
     # s_K = -g_K δ. The signs are put to the sums, which spares a pass over the weights:
     # Σ max(0, min(-a, -b)) = -Σ min(0, max(a, b)).
-    a, b = grad_r * wide, grad_a * wide
+    a, b = grad_r * step, grad_a * step
     columns = [
-        -total(torch.maximum(a, b).clamp_max_(0)),
-        -total(a),
-        -total(b),
-        squares(a),
-        squares(b),
-        squares(base),
-        squares(delta),
-        torch.full((count,), base[0].numel(), dtype=torch.float64, device=base.device),
+        -torch.maximum(a, b).clamp_max_(0).sum(1),
+        -a.sum(1),
+        -b.sum(1),
+        a.square_().sum(1),
+        b.square_().sum(1),
+        base.to(step.dtype).square().sum(1),
+        step.square().sum(1),
     ]
-    return torch.stack(columns, dim=1)
+    return torch.stack(columns, dim=1).double()
 
 
 def gain_sums(

@@ -107,14 +107,15 @@ def test_sums_of_parts_add_up_to_the_sums_of_the_whole() -> None:
     parts = GainSums()
     for first in range(0, 8, 3):
         parts = parts + gain_sums(*(x[first : first + 3] for x in four))
-    assert astuple(parts) == pytest.approx(astuple(whole), rel=1e-13)
+    assert astuple(parts) == pytest.approx(astuple(whole), rel=1e-12)
 
 
-def test_float32_sums_are_accumulated_in_float64() -> None:
-    count = 2**20
+def test_float32_sums_of_many_coordinates_do_not_drift() -> None:
+    # One after the other in float32 they would be off by a percent.
+    count = 2**24
     ones = torch.ones(count)
     sums = gain_sums(ones, torch.full((count,), 0.1), -ones, -ones)
-    assert sums.p == pytest.approx(count * float(torch.tensor(0.1).double()), rel=1e-14)
+    assert sums.p == pytest.approx(count * float(torch.tensor(0.1).double()), rel=1e-6)
 
 
 def test_the_raw_score_is_the_gain_over_the_norm_of_the_base() -> None:

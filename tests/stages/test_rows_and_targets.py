@@ -223,6 +223,33 @@ def test_parquet_and_json_lines_of_the_same_rows_are_the_same(desk: Desk) -> Non
     assert load_rows(desk.pair.recipe(), "own.parquet").digest == desk.rows(lines(*rows)).digest
 
 
+def test_a_file_is_read_once_and_again_when_it_changed(desk: Desk) -> None:
+    first = desk.rows(lines(GOOD))
+    assert load_rows(desk.pair.recipe(), "own.jsonl") is first
+    changed = desk.rows(lines(GOOD, GOOD))
+    assert len(changed.rows) == 2 and changed.digest != first.digest
+
+
+def test_a_tokenizer_is_loaded_once_and_again_when_its_files_changed(desk: Desk) -> None:
+    first = load_tokenizer(desk.pair.base)
+    assert load_tokenizer(desk.pair.base) is first
+    template = desk.pair.base / "chat_template.jinja"
+    template.write_text(template.read_text().replace("assistant", "helper, as asked"))
+    text = load_tokenizer(desk.pair.base).apply_chat_template(
+        [USER], add_generation_prompt=True, tokenize=False
+    )
+    assert text.endswith("<|im_start|>helper, as asked\n")
+
+
+def test_rows_that_changed_after_their_key_was_made_are_refused(desk: Desk) -> None:
+    ctx = desk.context()
+    ref = calibration_refs(ctx).agent
+    desk.rows(lines(GOOD), "agent.jsonl")
+    with pytest.raises(DataError, match=r"agent\.jsonl: was changed while the run"):
+        build_targets(ctx, ctx.recipe.calibration.agent, ref)
+    assert not ctx.store.has(ref)
+
+
 def test_a_prompt_that_leaves_no_room_for_a_target_is_refused(desk: Desk) -> None:
     rows = desk.rows(lines(GOOD, {"messages": [{"role": "user", "content": "long " * 30}]}))
     section = desk.pair.recipe("calibration.agent.max_length=100").calibration.agent

@@ -1,0 +1,115 @@
+"""Who continues the prompts of a target set: a checkpoint held here, or a running server."""
+
+import json
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from crane_tasks.context import GENERATION, Context
+from crane_tasks.data import Rows
+from crane_tasks.errors import EndpointError
+from crane_tasks.models.decode import decode_greedily, load_resident
+from crane_tasks.models.endpoint import Answer, asked
+from crane_tasks.recipe import Endpoint, TargetSet
+
+# Per batch its targets, and what else is to be noted of it.
+Decoded = Generator[dict[str, Any], None, None]
+
+
+@dataclass(frozen=True)
+class Work:
+    """A target set that is being decoded.
+
+    Attributes:
+        tokenizer: the base's.
+        prompts: token ids per row.
+    """
+
+    ctx: Context
+    section: TargetSet
+    tokenizer: Any
+    rows: Rows
+    prompts: Sequence[list[int]]
+
+
+def decoded_batches(work: Work, batches: Sequence[Sequence[int]]) -> Decoded:
+    """The targets of each batch of rows, in order.
+
+    Raises:
+        CheckpointError: the decoding checkpoint cannot be loaded.
+        EndpointError: the server fails, or what it gives is no target; names the row.
+    """
+    server = work.section.targets
+    if isinstance(server, Endpoint):
+        return _by_server(work, server, batches)
+    return _by_checkpoint(work, batches)
+
+
+def _by_checkpoint(work: Work, batches: Sequence[Sequence[int]]) -> Decoded:
+    ctx, section, model = work.ctx, work.section, None
+    for batch in batches:
+        if model is None:
+            folder = ctx.donor if section.targets == "donor" else ctx.base
+            model = load_resident(folder, ctx.torch_device, ctx.compute_dtype)
+        # No target can be longer than what max_length leaves of it.
+        room = max(section.max_length - len(work.prompts[i]) for i in batch)
+        found = decode_greedily(
+            model,
+            [work.prompts[i] for i in batch],
+            max_new_tokens=min(section.max_new_tokens, room),
+            pad=work.tokenizer.pad_token_id,
+            eos=work.tokenizer.eos_token_id,
+        )
+        yield {"targets": found}
+
+
+def _by_server(work: Work, server: Endpoint, batches: Sequence[Sequence[int]]) -> Decoded:
+    """While one batch is waited for, the server works on the next ones."""
+    section, order = work.section, [i for batch in batches for i in batch]
+    if not order:
+        return
+    prompts = [work.prompts[i] for i in order]
+    limits = [min(section.max_new_tokens, section.max_length - len(p)) for p in prompts]
+    ends = _end_tokens(work)
+    with asked(server, prompts, limits) as futures:
+        coming = iter(futures)
+        for batch in batches:
+            targets, exact = [], True
+            for index in batch:
+                try:
+                    answer = next(coming).result()
+                    targets.append(_target_of(work, server, answer, ends))
+                except EndpointError as error:
+                    raise EndpointError(f"{work.rows.rows[index].place}: {error}") from error
+                exact &= answer.ids is not None
+            yield {"targets": targets, "token_exact": exact}
+
+
+def _target_of(work: Work, server: Endpoint, answer: Answer, ends: set[int]) -> list[int]:
+    """The token ids of an answer, its end token included if the model came to its end.
+
+    Raises:
+        EndpointError: the ids are not of the base's vocabulary.
+    """
+    ids = answer.ids
+    if ids is None:
+        ids = work.tokenizer(answer.text, add_special_tokens=False)["input_ids"]
+    rows = work.ctx.pair().base.config["vocab_size"]
+    if max(ids) >= rows:
+        raise EndpointError(
+            f"{server.endpoint}, model {server.model}: gave token {max(ids)}, the base's "
+            f"vocabulary has {rows}. Only a model with the base's tokenizer can give its targets."
+        )
+    # vLLM's ids hold the end token, its text does not; as `decode_greedily` keeps it, so here.
+    if answer.ended and ids[-1] not in ends:
+        ids = [*ids, work.tokenizer.eos_token_id]
+    return ids
+
+
+def _end_tokens(work: Work) -> set[int]:
+    """What ends an answer: EOS, and what the generation configs of base and donor name."""
+    found = {work.tokenizer.eos_token_id}
+    for file in (work.ctx.base / GENERATION, work.ctx.donor / GENERATION):
+        named = json.loads(file.read_text()).get("eos_token_id") if file.exists() else None
+        found |= set(named if isinstance(named, list) else [named])
+    return found - {None}
