@@ -431,12 +431,12 @@ def unknown_row_token(case: Case) -> None:
     case.set("merge.embedding.rows={<thnik>: 0.8}")
 
 
-@bad(r"run\.shard_size: '5 parsecs'")
+@bad(r"run\.shard_size: .*'5 parsecs'")
 def shard_size_nonsense(case: Case) -> None:
     case.set("run.shard_size=5 parsecs")
 
 
-@bad(r"run\.shard_size: 0 ")
+@bad(r"run\.shard_size: .*not 0")
 def shard_size_zero(case: Case) -> None:
     case.set("run.shard_size=0")
 
