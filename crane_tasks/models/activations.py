@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from crane_tasks.models.batches import batched, plan_mark, token_limit
+from crane_tasks.models.batches import batched, plan_mark
 from crane_tasks.models.layout import Site
 from crane_tasks.models.pace import Pace, Progress
 from crane_tasks.models.states import States
@@ -102,11 +102,12 @@ def walk_activations(
     `visit(layer, sums)` once per layer that is not in `done`, in order; the state behind a
     visited layer is kept in `states`, so that a killed walk resumes behind it.
     """
-    batches = batched([ids for ids, _ in items], token_limit(stream.device))
+    batches = batched([ids for ids, _ in items], stream.batch_tokens)
     with stream.embedding():
         entered = [stream.enter(batch.ids) for batch in batches]
-    home = stream.home(3 * sum(h.nbytes for h, _ in entered))
-    hidden = [h.to(home) for h, _ in entered]
+    keeper = stream.keeper(3 * sum(h.nbytes for h, _ in entered))
+    hidden = [keeper.keep(h) for h, _ in entered]
+    keeper.settle()
     states = states.within(plan_mark(batches))
     masks = [
         batch.rows([items[i][1] for i in batch.items], fill=False).flatten().to(stream.device)
@@ -125,10 +126,11 @@ def walk_activations(
                 taps = _Taps(module, sites, gram)
                 for index, (_, calls) in enumerate(entered):
                     taps.rows = masks[index]
-                    state = hidden[index].to(stream.device)
-                    hidden[index] = stream.run(module, state, calls[layer]).to(home)
+                    state = keeper.fetch(hidden[index])
+                    hidden[index] = keeper.keep(stream.run(module, state, calls[layer]))
                     pace.batch("forward", layer, index, 1)
                 taps.remove()
+            keeper.settle()
             states.save(f"behind.{layer}", hidden)
             if layer not in done:
                 visit(layer, taps.sums)

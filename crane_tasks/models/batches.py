@@ -13,9 +13,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-# Tokens of one batch, padding included: enough to fill the device, little enough that one
-# layer's activations stay small beside its weights.
-TOKENS = {"cpu": 1024, "cuda": 6144}
 ONE_BY_ONE = 1  # a limit that puts every item into a batch of its own
 # A batch's shortest item is at least this share of its longest, so padding is bounded.
 LIKE = 0.75
@@ -35,11 +32,6 @@ class Batch:
         for row, part in enumerate(parts):
             out[row, : part.numel()] = part
         return out
-
-
-def token_limit(device: torch.device) -> int:
-    """Tokens of a batch on a kind of device."""
-    return TOKENS["cpu" if device.type == "cpu" else "cuda"]
 
 
 def batched(sequences: Sequence[Tensor], limit: int) -> list[Batch]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from crane_tasks.models.batches import Batch, batched, plan_mark, token_limit, unpadded
+from crane_tasks.models.batches import Batch, batched, plan_mark, unpadded
 from crane_tasks.models.pace import Pace, Progress
 from crane_tasks.models.states import States
 from crane_tasks.models.stream import Item, LayerCall, LayerStream
@@ -92,9 +92,7 @@ class GradientWalk:
         self._batches = [
             (name, batch)
             for name, items in sets.items()
-            for batch in batched(
-                [item.ids for item in items], batch_tokens or token_limit(stream.device)
-            )
+            for batch in batched([item.ids for item in items], batch_tokens or stream.batch_tokens)
         ]
         self._states = states.within(plan_mark(batch for _, batch in self._batches))
         self._first: list[Tensor] = []
@@ -105,8 +103,9 @@ class GradientWalk:
                 self._first.append(hidden)
                 self._calls.append(calls)
         boundary = sum(hidden.nbytes for hidden in self._first)
-        self._home = stream.home((stream.num_layers + 2) * boundary)
-        self._first = [hidden.to(self._home) for hidden in self._first]
+        self._keeper = stream.keeper((stream.num_layers + 2) * boundary)
+        self._first = [self._keeper.keep(hidden) for hidden in self._first]
+        self._keeper.settle()
         self.losses: dict[str, list[float]] = {n: [math.nan] * len(i) for n, i in sets.items()}
 
     def run(self, visit: Visit, done: Collection[int | None], progress: Progress) -> None:
@@ -176,9 +175,10 @@ class GradientWalk:
         for layer in range(reached, stream.num_layers):
             with stream.layer(layer) as module:
                 for index, calls in enumerate(self._calls):
-                    state = hidden[index].to(stream.device)
-                    hidden[index] = stream.run(module, state, calls[layer]).to(self._home)
+                    state = self._keeper.fetch(hidden[index])
+                    hidden[index] = self._keeper.keep(stream.run(module, state, calls[layer]))
                     pace.batch("forward", layer, index, 1)
+            self._keeper.settle()
             states.save(f"hidden.{layer + 1}", hidden)
             pace.layer()
 
@@ -196,14 +196,15 @@ class GradientWalk:
                 sums = Accumulator(stream.outside)
                 for index, batch in self._of(name):
                     chosen = [items[i] for i in batch.items]
-                    losses, grad = stream.losses(hidden[index].to(stream.device), chosen)
+                    losses, grad = stream.losses(self._keeper.fetch(hidden[index]), chosen)
                     assert grad is not None
-                    gradients[index] = grad.to(self._home)
+                    gradients[index] = self._keeper.keep(grad)
                     for item, loss in zip(batch.items, losses, strict=True):
                         self.losses[name][item] = loss
                 found[name] = sums.result(self._kept)
         for p in stream.outside.values():
             p.requires_grad_(False)
+        self._keeper.settle()
         states.save(f"grad.{count}", gradients)
         if None not in done:
             visit(None, found)
@@ -223,6 +224,7 @@ class GradientWalk:
                 states.save(f"grad.{layer}", outgoing)
             if layer not in done:
                 visit(layer, found)
+            del found  # not to be in memory beside the next layer's
             # Dropped only after the visit has committed the layer: a kill in between
             # finds either the gradient that entered the layer, or the layer done.
             states.drop(f"grad.{layer + 1}")
@@ -239,13 +241,14 @@ class GradientWalk:
             for name in self._sets:
                 sums = Accumulator(dict(module.named_parameters()))
                 for index, _ in self._of(name):
-                    state = hidden[index].to(stream.device).detach().requires_grad_(True)
+                    state = self._keeper.fetch(hidden[index]).detach().requires_grad_(True)
                     out = stream.run(module, state, self._calls[index][layer])
-                    torch.autograd.backward(out, incoming[index].to(stream.device))
+                    torch.autograd.backward(out, self._keeper.fetch(incoming[index]))
                     assert state.grad is not None
-                    outgoing[index] = state.grad.to(self._home)
+                    outgoing[index] = self._keeper.keep(state.grad)
                     pace.batch("backward", layer, index, BACKWARD)
                 found[name] = sums.result(self._kept)
+        self._keeper.settle()
         return found, outgoing
 
 
@@ -254,11 +257,12 @@ def item_losses(
     stream: LayerStream, items: list[Item], progress: Progress
 ) -> tuple[list[float], list[Tensor]]:
     """Each item's mean token NLL, and its state [T, d] after the last layer; forward only."""
-    batches = batched([item.ids for item in items], token_limit(stream.device))
+    batches = batched([item.ids for item in items], stream.batch_tokens)
     with stream.embedding():
         entered = [stream.enter(batch.ids) for batch in batches]
-    home = stream.home(2 * sum(h.nbytes for h, _ in entered))
-    hidden = [h.to(home) for h, _ in entered]
+    keeper = stream.keeper(2 * sum(h.nbytes for h, _ in entered))
+    hidden = [keeper.keep(h) for h, _ in entered]
+    keeper.settle()
     count = stream.num_layers
     tokens = [batch.ids.numel() for batch in batches]
     pace = Pace(progress, layers=count, tokens=tokens, passes=count)
@@ -266,14 +270,15 @@ def item_losses(
     for layer in range(count):
         with stream.layer(layer) as module:
             for index, (_, calls) in enumerate(entered):
-                state = hidden[index].to(stream.device)
-                hidden[index] = stream.run(module, state, calls[layer]).to(home)
+                state = keeper.fetch(hidden[index])
+                hidden[index] = keeper.keep(stream.run(module, state, calls[layer]))
                 pace.batch("forward", layer, index, 1)
+        keeper.settle()
         pace.layer()
     losses, states = [math.nan] * len(items), [torch.empty(0)] * len(items)
     with stream.head():
         for batch, h in zip(batches, hidden, strict=True):
-            found, _ = stream.losses(h.to(stream.device), [items[i] for i in batch.items])
+            found, _ = stream.losses(keeper.fetch(h), [items[i] for i in batch.items])
             own = unpadded(batch, h)
             for place, loss, state in zip(batch.items, found, own, strict=True):
                 losses[place], states[place] = loss, state

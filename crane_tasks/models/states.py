@@ -43,6 +43,7 @@ class States:
         self._tasks: deque[tuple[str, Future[None]]] = deque()
         self._wanted: dict[str, int] = {}  # the save of each name that still counts
         self._saves = 0
+        self._staging = torch.empty(0, dtype=torch.uint8)  # page-locked, for what a GPU keeps
 
     def within(self, name: str) -> "States":
         """The states of one plan, apart from those of others."""
@@ -95,12 +96,26 @@ class States:
         announced = [(str(i), NAMES[t.dtype], tuple(t.shape)) for i, t in enumerate(states)]
         with ShardWriter(part, announced, {}, durable=False) as writer:
             for state in states:
-                writer.write(_fetched(state, event))
+                writer.write(self._fetched(state, event))
             digest = writer.close()
         file = self._folder / f"{name}.{digest}{SUFFIX}"
         self._remove(name)
         part.replace(file)
         self._sound.add(file)
+
+    def _fetched(self, state: Tensor, event: Any) -> Tensor:
+        """A state on the CPU, without waiting for what the device does after it was saved."""
+        if not state.is_cuda:
+            return state
+        if self._staging.numel() < state.nbytes:
+            self._staging = torch.empty(state.nbytes, dtype=torch.uint8, pin_memory=True)
+        here = self._staging[: state.nbytes].view(state.dtype).view(state.shape)
+        aside: Any = torch.cuda.Stream  # its types are missing
+        with torch.cuda.stream(aside(state.device)):
+            torch.cuda.current_stream().wait_event(event)
+            here.copy_(state, non_blocking=True)
+            torch.cuda.current_stream().synchronize()
+        return here
 
     def ask(self, name: str) -> None:
         """Begin to read a list that will be wanted, if it is not in memory."""
@@ -144,16 +159,6 @@ class States:
         """
         while self._tasks:
             self._tasks.popleft()[1].result()
-
-
-def _fetched(state: Tensor, event: Any) -> Tensor:
-    """A state on the CPU, without waiting for what the device does after it was saved."""
-    if not state.is_cuda:
-        return state
-    stream: Any = torch.cuda.Stream
-    with torch.cuda.stream(stream(state.device)):
-        torch.cuda.current_stream().wait_event(event)
-        return state.cpu()
 
 
 def _size(lists: OrderedDict[str, list[Tensor]]) -> int:

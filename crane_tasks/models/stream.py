@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from crane_tasks.errors import CheckpointError
 from crane_tasks.models.checkpoint import Checkpoint, Source, listed
+from crane_tasks.models.keeping import Ferry, Keeper
 from crane_tasks.models.layout import Layout
 from crane_tasks.models.loading import Loader
 
@@ -37,7 +38,12 @@ CONFIG_ERRORS = (
 )
 # Logits are made for so many bytes of float32 at a time: a vocabulary of 152k times 2,000
 # target tokens would be 1.2 GB.
-LOGIT_BYTES = {"cpu": 32 * 2**20, "cuda": 256 * 2**20}
+LOGIT_BYTES = {"cpu": 32 * 2**20, "cuda": 2**30}
+
+
+# Tokens of one batch, padding included: enough to fill the device; where weights are
+# streamed to save memory, few enough that a layer's activations are small beside them.
+TOKENS = {"cpu": 1024, "streamed": 4096, "resident": 8192}
 
 
 @dataclass(frozen=True)
@@ -264,6 +270,13 @@ class LayerStream:
     def num_layers(self) -> int:
         return len(self._layers)
 
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens of one batch."""
+        if self.device.type == "cpu":
+            return TOKENS["cpu"]
+        return TOKENS["resident" if self.resident else "streamed"]
+
     def _load_buffers(self) -> None:
         """Put all buffers on the device, the layers' too; those that are stored are read.
 
@@ -280,16 +293,18 @@ class LayerStream:
                     value = read.take(0, {full: stored[full]}, buffer.dtype)[full]
                 module._buffers[name] = value.to(device=self.device, dtype=buffer.dtype)
 
-    def home(self, nbytes: int) -> torch.device:
-        """Where hidden states of so many bytes are kept between layers.
+    def keeper(self, nbytes: int) -> Keeper:
+        """What keeps `nbytes` of hidden states between layers.
 
         On the device if the weights stay there and the states take at most a quarter of
         what is free; else in host memory.
         """
-        if self.device.type != "cuda" or not self.resident:
-            return torch.device("cpu")
+        if self.device.type != "cuda":
+            return Keeper(self.device)
         free, _ = torch.cuda.mem_get_info(self.device)
-        return self.device if 4 * nbytes <= free else torch.device("cpu")
+        if self.resident and 4 * nbytes <= free:
+            return Keeper(self.device)
+        return Ferry(self.device)
 
     def _assign(self, module: nn.Module, names: Iterable[str], device: torch.device) -> None:
         """Load some parameters of a module of the model, under the model's names for them."""

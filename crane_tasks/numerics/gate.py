@@ -15,7 +15,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-
 # Coordinates worked on at once: on a CPU few enough to stay in its cache, on a GPU enough to
 # fill it.
 BLOCK = {"cpu": 2**17, "cuda": 2**25}

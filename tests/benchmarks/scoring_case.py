@@ -187,26 +187,56 @@ def worst_difference(ours: Gains, theirs: Gains) -> float:
     return max(abs(ours[k] - theirs[k]) / abs(theirs[k]) for k in theirs)
 
 
-def main() -> None:
-    """Score in a process of its own: CASE.json FOLDER SCHEME; prints what it cost as JSON."""
-    from transformers.models.qwen3_moe import modeling_qwen3_moe  # noqa: F401  (before the start)
-
-    file, folder, scheme = (Path(argument) for argument in sys.argv[1:])
-    case = Case(**json.loads(file.read_text()))
+def cost_on_cpu(case: Case, folder: Path, scheme: str) -> dict[str, Any]:
+    """CPU seconds, and bytes of memory above those of the interpreter and its libraries."""
     before, start = _resident_bytes(), time.process_time()
-    if scheme.name == "walk":
+    if scheme == "walk":
         stream = open_stream(folder, "cpu", torch.float32, resident=False)
         gains = score_by_walk(stream, case, folder / "scratch")
     else:
         gains = score_by_chunks(load_whole(folder, "cpu", torch.float32), case)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    cost = {"cpu": time.process_time() - start, "memory": peak - before, "gains": gains}
-    sys.stdout.write(json.dumps(cost) + "\n")
+    return {"seconds": time.process_time() - start, "memory": peak - before, "gains": gains}
+
+
+def cost_on_gpu(case: Case, folder: Path, scheme: str) -> dict[str, Any]:
+    """Seconds after a warm-up on two items, and the peak of the device's memory."""
+    bf16 = torch.bfloat16
+    if scheme == "chunks":
+        model = load_whole(folder, "cuda", bf16)
+
+        def score(case: Case, scratch: str) -> Gains:
+            return score_by_chunks(model, case)
+    else:
+        stream = open_stream(folder, "cuda", bf16, resident=scheme == "resident")
+
+        def score(case: Case, scratch: str) -> Gains:
+            return score_by_walk(stream, case, folder / scratch)
+
+    score(Case(case.config, case.reasoning[:1], case.agent[:1]), f"{scheme}-warm")
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    gains = score(case, scheme)
+    torch.cuda.synchronize()
+    seconds = time.perf_counter() - start
+    return {"seconds": seconds, "memory": torch.cuda.max_memory_allocated(), "gains": gains}
 
 
 def _resident_bytes() -> int:
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * resource.getpagesize()
+
+
+def main() -> None:
+    """Score in a process of its own: CASE.json FOLDER DEVICE SCHEME; prints the cost as JSON."""
+    from transformers.models.qwen3_moe import modeling_qwen3_moe  # noqa: F401  (not to be timed)
+
+    file, folder, device, scheme = sys.argv[1:]
+    case = Case(**json.loads(Path(file).read_text()))
+    measure = cost_on_cpu if device == "cpu" else cost_on_gpu
+    sys.stdout.write(json.dumps(measure(case, Path(folder), scheme)) + "\n")
 
 
 if __name__ == "__main__":

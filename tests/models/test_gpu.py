@@ -35,9 +35,17 @@ def _items(seed: int) -> list[Item]:
 
 
 def _gradients(
-    folder: Path, device: str, compute: torch.dtype, scratch: Path
+    folder: Path,
+    device: str,
+    compute: torch.dtype,
+    scratch: Path,
+    *,
+    resident: bool | None = None,
+    budget: int | None = None,
 ) -> dict[int | None, dict[str, Gradients]]:
-    stream = LayerStream(Checkpoint.open(folder), device=torch.device(device), compute=compute)
+    stream = LayerStream(
+        Checkpoint.open(folder), device=torch.device(device), compute=compute, resident=resident
+    )
     sets = {"reasoning": _items(1), "agent": _items(2)}
     found: dict[int | None, dict[str, Gradients]] = {}
 
@@ -47,7 +55,7 @@ def _gradients(
             for name, grads in gradients.items()
         }
 
-    GradientWalk(stream, sets, States(scratch)).run(visit, (), lambda step: None)
+    GradientWalk(stream, sets, States(scratch, budget)).run(visit, (), lambda step: None)
     return found
 
 
@@ -78,6 +86,22 @@ def test_the_layers_buffers_are_on_the_device_too(
     for name in ("reasoning", "agent"):
         ours, theirs = _flat(there, name), _flat(here, name)
         assert float((ours - theirs).norm() / theirs.norm()) < 1e-4
+
+
+@pytest.mark.parametrize("budget", [None, 0], ids=["in memory", "on disk"])
+def test_weights_and_states_that_come_and_go_give_the_bits_of_those_that_stay(
+    tiny_pair: Any, tmp_path: Path, budget: int | None
+) -> None:
+    torch.use_deterministic_algorithms(True)
+    stay = _gradients(tiny_pair.base, CUDA, torch.bfloat16, tmp_path / "stay", resident=True)
+    go = _gradients(
+        tiny_pair.base, CUDA, torch.bfloat16, tmp_path / "go", resident=False, budget=budget
+    )
+    torch.use_deterministic_algorithms(False)
+    for layer, by_set in stay.items():
+        for name, gradients in by_set.items():
+            for key, gradient in gradients.items():
+                assert torch.equal(gradient, go[layer][name][key]), (layer, name, key)
 
 
 def test_bfloat16_compute_sums_gradients_in_float32_and_scores_within_a_few_percent(

@@ -1,0 +1,90 @@
+"""Where hidden states wait between layers: on the device, or ashore in host memory."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from crane_tasks.models.loading import recorded
+
+
+class Keeper:
+    """Keeps states where they are: on the device, or on a CPU that is the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def keep(self, state: Tensor) -> Tensor:
+        """A state for later; what it holds is sure only after `settle`."""
+        return state.detach()
+
+    def fetch(self, state: Tensor) -> Tensor:
+        """A kept state on the device."""
+        return state.to(self.device)
+
+    def settle(self) -> None:
+        """Wait until all that was kept is there."""
+
+
+@dataclass
+class _Slot:
+    """A page-locked buffer, the copy through it that is under way, and where that ends."""
+
+    buffer: Tensor
+    moved: torch.cuda.Event | None = None
+    target: Tensor | None = None
+
+    def free(self) -> None:
+        if self.moved is not None:
+            self.moved.synchronize()
+        if self.target is not None:
+            self.target.copy_(self._as(self.target))
+        self.moved = self.target = None
+
+    def _as(self, like: Tensor) -> Tensor:
+        raw = self.buffer[: like.nbytes].view(like.dtype)
+        return raw.view(like.shape)
+
+    def room_for(self, like: Tensor) -> Tensor:
+        """The buffer, free, in the form of a tensor."""
+        self.free()
+        if self.buffer.numel() < like.nbytes:
+            self.buffer = torch.empty(like.nbytes, dtype=torch.uint8, pin_memory=True)
+        return self._as(like)
+
+
+class Ferry(Keeper):
+    """Keeps states in ordinary host memory.
+
+    They cross through a few page-locked slots, so that the device computes one batch while
+    the state before it leaves and the one after it comes. To page-lock all of the host
+    memory would cost more time than the copies.
+    """
+
+    SLOTS = 4  # a batch on its way back has three states: entering, incoming and outgoing
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self._slots = [_Slot(torch.empty(0, dtype=torch.uint8)) for _ in range(self.SLOTS)]
+        self._next = 0
+
+    def _slot(self) -> _Slot:
+        self._next = (self._next + 1) % self.SLOTS
+        return self._slots[self._next]
+
+    def keep(self, state: Tensor) -> Tensor:
+        slot, state = self._slot(), state.detach()
+        slot.room_for(state).copy_(state, non_blocking=True)
+        slot.moved = recorded()
+        slot.target = torch.empty(state.shape, dtype=state.dtype)
+        return slot.target
+
+    def fetch(self, state: Tensor) -> Tensor:
+        slot = self._slot()
+        here = slot.room_for(state).copy_(state).to(self.device, non_blocking=True)
+        slot.moved = recorded()
+        return here
+
+    def settle(self) -> None:
+        for slot in self._slots:
+            slot.free()
