@@ -105,10 +105,11 @@ def walk_activations(
     batches = batched([ids for ids, _ in items], stream.batch_tokens)
     with stream.embedding():
         entered = [stream.enter(batch.ids) for batch in batches]
-    keeper = stream.keeper(3 * sum(h.nbytes for h, _ in entered))
+    keeper = stream.keeper(sum(h.nbytes for h, _ in entered), 3)
     hidden = [keeper.keep(h) for h, _ in entered]
     keeper.settle()
     states = states.within(plan_mark(batches))
+    states.ashore = keeper.ashore
     masks = [
         batch.rows([items[i][1] for i in batch.items], fill=False).flatten().to(stream.device)
         for batch in batches

@@ -103,7 +103,8 @@ class GradientWalk:
                 self._first.append(hidden)
                 self._calls.append(calls)
         boundary = sum(hidden.nbytes for hidden in self._first)
-        self._keeper = stream.keeper((stream.num_layers + 2) * boundary)
+        self._keeper = stream.keeper(boundary, stream.num_layers + 2)
+        self._states.ashore = self._keeper.ashore
         self._first = [self._keeper.keep(hidden) for hidden in self._first]
         self._keeper.settle()
         self.losses: dict[str, list[float]] = {n: [math.nan] * len(i) for n, i in sets.items()}
@@ -216,12 +217,13 @@ class GradientWalk:
 
     def _back(self, begin: int, visit: Visit, done: Collection[int | None], pace: Pace) -> None:
         states = self._states
+        gradients = states.load(f"grad.{begin}")
         for layer in reversed(range(begin)):
             if layer > 0:
                 states.ask(f"hidden.{layer - 1}")
-            found, outgoing = self._backward(layer, pace)
+            found, gradients = self._backward(layer, gradients, pace)
             if layer > 0:
-                states.save(f"grad.{layer}", outgoing)
+                states.save(f"grad.{layer}", gradients)
             if layer not in done:
                 visit(layer, found)
             del found  # not to be in memory beside the next layer's
@@ -231,10 +233,12 @@ class GradientWalk:
             states.drop(f"hidden.{layer}")
             pace.layer()
 
-    def _backward(self, layer: int, pace: Pace) -> tuple[dict[str, Gradients], list[Tensor]]:
+    def _backward(
+        self, layer: int, incoming: list[Tensor], pace: Pace
+    ) -> tuple[dict[str, Gradients], list[Tensor]]:
         """One layer's gradients per set, and the gradients of the states that enter it."""
-        stream, states = self._stream, self._states
-        hidden, incoming = states.load(f"hidden.{layer}"), states.load(f"grad.{layer + 1}")
+        stream = self._stream
+        hidden = self._states.load(f"hidden.{layer}")
         outgoing: list[Tensor] = [torch.empty(0)] * len(hidden)
         found: dict[str, Gradients] = {}
         with stream.layer(layer, grad=True) as module:
@@ -260,7 +264,7 @@ def item_losses(
     batches = batched([item.ids for item in items], stream.batch_tokens)
     with stream.embedding():
         entered = [stream.enter(batch.ids) for batch in batches]
-    keeper = stream.keeper(2 * sum(h.nbytes for h, _ in entered))
+    keeper = stream.keeper(sum(h.nbytes for h, _ in entered), 2)
     hidden = [keeper.keep(h) for h, _ in entered]
     keeper.settle()
     count = stream.num_layers

@@ -9,10 +9,15 @@ from crane_tasks.models.loading import recorded
 
 
 class Keeper:
-    """Keeps states where they are: on the device, or on a CPU that is the device."""
+    """Keeps states where they are: on the device, or on a CPU that is the device.
 
-    def __init__(self, device: torch.device) -> None:
+    Attributes:
+        ashore: whether saved lists are to be moved to host memory behind the computation.
+    """
+
+    def __init__(self, device: torch.device, *, ashore: bool = False) -> None:
         self.device = device
+        self.ashore = ashore
 
     def keep(self, state: Tensor) -> Tensor:
         """A state for later; what it holds is sure only after `settle`."""
@@ -54,7 +59,7 @@ class _Slot:
 
 
 class Ferry(Keeper):
-    """Keeps states in ordinary host memory.
+    """Keeps every state in ordinary host memory, for sets too large for the device.
 
     They cross through a few page-locked slots, so that the device computes one batch while
     the state before it leaves and the one after it comes. To page-lock all of the host

@@ -12,7 +12,7 @@ from crane_tasks.models.checkpoint import Source
 from crane_tasks.models.safetensors_io import Span, byte_view, read_span
 
 # One thread copies some GB/s out of the page cache, a GPU takes 50 of them.
-THREADS = min(16, os.cpu_count() or 1)
+THREADS = min(12, os.cpu_count() or 1)
 # Bytes that one thread reads at a time: the parts of a large tensor are read side by side.
 BLOCK = 32 * 2**20
 ALIGN = 64  # bytes, for every tensor in a buffer: what vector code likes

@@ -10,6 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from blake3 import blake3
 from torch import Tensor
@@ -20,6 +21,8 @@ from crane_tasks.models.safetensors_io import DTYPES, ShardWriter, read_header, 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 SUFFIX = ".safetensors"
 DIGITS = 64  # of a blake3 digest
+# Lists that may wait on the device to be moved.
+AFLOAT = 2
 # Tasks for the disk that may wait without their list being held in memory anyway.
 BEHIND = 2
 
@@ -43,7 +46,11 @@ class States:
         self._tasks: deque[tuple[str, Future[None]]] = deque()
         self._wanted: dict[str, int] = {}  # the save of each name that still counts
         self._saves = 0
-        self._staging = torch.empty(0, dtype=torch.uint8)  # page-locked, for what a GPU keeps
+        # Whether lists on a device are moved to host memory behind the computation.
+        self.ashore = False
+        self._mover = ThreadPoolExecutor(1, thread_name_prefix="states-ashore")
+        self._moving: deque[Future[list[Tensor]]] = deque()
+        self._staging = torch.empty(0, dtype=torch.uint8)  # page-locked
 
     def within(self, name: str) -> "States":
         """The states of one plan, apart from those of others."""
@@ -76,46 +83,67 @@ class States:
         self._memory[name] = states
         while self._budget is not None and _size(self._memory) > self._budget:
             self._memory.popitem(last=False)
-        event = recorded() if any(t.is_cuda for t in states) else None
         self._saves += 1
         self._wanted[name] = number = self._saves
-        self._later(name, lambda: self._write(name, number, states, event))
+        event = recorded() if any(t.is_cuda for t in states) else None
+        if event is not None and self.ashore:
+            moved = self._mover.submit(self._move, name, number, states, event)
+            self._moving.append(moved)
+            while len(self._moving) > AFLOAT:
+                self._moving.popleft().result()
+            # The disk may be slow: what waits for it must not be on the device.
+            self._later(name, lambda: self._write(name, number, moved.result()))
+        else:
+            self._later(
+                name, lambda: self._write(name, number, self._fetched(name, number, states, event))
+            )
         # A list that waits for the disk is in memory all the same: only so many may.
         while sum(waiting not in self._memory for waiting, _ in self._tasks) > BEHIND:
             self._tasks.popleft()[1].result()
+
+    def _move(self, name: str, number: int, states: list[Tensor], event: Any) -> list[Tensor]:
+        moved = self._fetched(name, number, states, event)
+        if self._wanted.get(name) == number and name in self._memory:
+            self._memory[name] = moved
+        return moved
+
+    def _fetched(self, name: str, number: int, states: list[Tensor], event: Any) -> list[Tensor]:
+        """A list in host memory, without waiting for what the device does after it was saved."""
+        if event is None or self._wanted.get(name) != number:
+            return states
+        aside: Any = torch.cuda.Stream  # its types are missing
+        with torch.cuda.stream(aside()):
+            torch.cuda.current_stream().wait_event(event)
+            return [self._ashore(state) for state in states]
+
+    def _ashore(self, state: Tensor) -> Tensor:
+        if self._staging.numel() < state.nbytes:
+            self._staging = torch.empty(state.nbytes, dtype=torch.uint8, pin_memory=True)
+        through = self._staging[: state.nbytes].view(state.dtype).view(state.shape)
+        through.copy_(state, non_blocking=True)
+        torch.cuda.current_stream().synchronize()
+        # NumPy asks for huge pages: page by page, fresh memory takes longer than the copy.
+        fresh = torch.from_numpy(np.empty(state.nbytes, dtype=np.uint8))
+        return fresh.view(state.dtype).view(state.shape).copy_(through)
 
     def _later(self, name: str, task: Callable[[], None]) -> None:
         while self._tasks and self._tasks[0][1].done():
             self._tasks.popleft()[1].result()
         self._tasks.append((name, self._disk.submit(task)))
 
-    def _write(self, name: str, number: int, states: list[Tensor], event: Any) -> None:
+    def _write(self, name: str, number: int, states: list[Tensor]) -> None:
         if self._wanted.get(name) != number:
             return  # dropped or saved again since
         part = self._folder / f"{name}.part"
         announced = [(str(i), NAMES[t.dtype], tuple(t.shape)) for i, t in enumerate(states)]
         with ShardWriter(part, announced, {}, durable=False) as writer:
             for state in states:
-                writer.write(self._fetched(state, event))
+                writer.write(state)
             digest = writer.close()
         file = self._folder / f"{name}.{digest}{SUFFIX}"
         self._remove(name)
         part.replace(file)
         self._sound.add(file)
-
-    def _fetched(self, state: Tensor, event: Any) -> Tensor:
-        """A state on the CPU, without waiting for what the device does after it was saved."""
-        if not state.is_cuda:
-            return state
-        if self._staging.numel() < state.nbytes:
-            self._staging = torch.empty(state.nbytes, dtype=torch.uint8, pin_memory=True)
-        here = self._staging[: state.nbytes].view(state.dtype).view(state.shape)
-        aside: Any = torch.cuda.Stream  # its types are missing
-        with torch.cuda.stream(aside(state.device)):
-            torch.cuda.current_stream().wait_event(event)
-            here.copy_(state, non_blocking=True)
-            torch.cuda.current_stream().synchronize()
-        return here
 
     def ask(self, name: str) -> None:
         """Begin to read a list that will be wanted, if it is not in memory."""

@@ -46,6 +46,10 @@ LOGIT_BYTES = {"cpu": 32 * 2**20, "cuda": 2**30}
 TOKENS = {"cpu": 1024, "streamed": 4096, "resident": 8192}
 
 
+# Lists of hidden states that are on a device at once where the rest is in host memory.
+IN_USE = 6
+
+
 @dataclass(frozen=True)
 class Item:
     """One calibration item: token ids [T], of which the first `prompt` are masked.
@@ -293,17 +297,20 @@ class LayerStream:
                     value = read.take(0, {full: stored[full]}, buffer.dtype)[full]
                 module._buffers[name] = value.to(device=self.device, dtype=buffer.dtype)
 
-    def keeper(self, nbytes: int) -> Keeper:
-        """What keeps `nbytes` of hidden states between layers.
+    def keeper(self, boundary: int, lists: int) -> Keeper:
+        """What keeps hidden states between layers: `lists` boundaries of so many bytes.
 
-        On the device if the weights stay there and the states take at most a quarter of
-        what is free; else in host memory.
+        On the device if the weights stay there and all take at most a quarter of what is
+        free. Else in host memory: the few lists in use stay on the device if they take at
+        most a quarter (entering, incoming, outgoing, two on their way), or none does.
         """
         if self.device.type != "cuda":
             return Keeper(self.device)
         free, _ = torch.cuda.mem_get_info(self.device)
-        if self.resident and 4 * nbytes <= free:
+        if self.resident and 4 * lists * boundary <= free:
             return Keeper(self.device)
+        if 4 * IN_USE * boundary <= free:
+            return Keeper(self.device, ashore=True)
         return Ferry(self.device)
 
     def _assign(self, module: nn.Module, names: Iterable[str], device: torch.device) -> None:
