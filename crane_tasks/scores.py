@@ -191,16 +191,20 @@ def _write_unit(
 ) -> None:
     """The gate's sums of every tensor of a unit, computed on the device."""
     base, device = ctx.pair().base, ctx.torch_device
-    rows: list[tuple[str, str, list[float]]] = []
+    found: list[Tensor] = []
+    names: list[tuple[str, str]] = []
     for slot in slots:
         for experts in _portions(base, slot):
             weight = base.read_stack(slot.name, experts).to(device)
             step = read_stacked_delta(delta, slot, weight, experts)
             grads = [gradient(k, slot, experts if slot.stacked else None) for k in SETS]
             g_r, g_a = (g.to(device).reshape(weight.shape) for g in grads)
-            sums = stacked_gain_sums(weight, step, g_r, g_a).tolist()
-            names = [slot.tensor_name(e) for e in range(experts.start, experts.stop)]
-            rows += [(n, slot.component, row) for n, row in zip(names, sums, strict=True)]
+            found.append(stacked_gain_sums(weight, step, g_r, g_a))
+            numbers = range(experts.start, experts.stop)
+            names += [(slot.tensor_name(e), slot.component) for e in numbers]
+    # Once per unit: a device is not to wait in between.
+    sums = torch.cat(found).tolist() if found else []
+    rows = [(*name, row) for name, row in zip(names, sums, strict=True)]
     with draft.unit(name) as unit:
         write_table(unit, "tensors", COLUMNS, rows)
         for key, values in losses.items():

@@ -126,10 +126,10 @@ class GradientWalk:
             layers=count,
             tokens=[batch.ids.numel() for _, batch in self._batches],
             passes=count * (1 + BACKWARD),
-            skipped=reached + (0 if start is None else (count - start) * BACKWARD),
+            skipped=max(reached, 0) + (0 if start is None else (count - start) * BACKWARD),
         )
         begin = count if start is None else start
-        self._stream.expect([*range(reached, count), *reversed(range(begin))])
+        self._stream.expect([*range(max(reached, 0), count), *reversed(range(begin))])
         try:
             if start is None:
                 self._forward(reached, pace)

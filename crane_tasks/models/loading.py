@@ -1,5 +1,6 @@
 """Weights read ahead of their use, by several threads, into memory a GPU can copy from."""
 
+import math
 import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,7 +16,7 @@ from crane_tasks.models.safetensors_io import Span, byte_view, read_span
 THREADS = min(12, os.cpu_count() or 1)
 # Bytes that one thread reads at a time: the parts of a large tensor are read side by side.
 BLOCK = 32 * 2**20
-ALIGN = 64  # bytes, for every tensor in a buffer: what vector code likes
+ALIGN = 64  # bytes, for every tensor in a buffer: what vector code wants
 
 Sources = Mapping[str, Source]
 Job = list[tuple[Span, memoryview]]
@@ -24,15 +25,18 @@ Job = list[tuple[Span, memoryview]]
 class Loader:
     """Reads one group of tensors (a decoder layer) at a time, in the background.
 
-    `ask` begins to read, `take` waits and gives the tensors. On a GPU the bytes land in one
-    page-locked buffer that is used again and again, from which the device copies at full
-    speed; on a CPU every group gets memory of its own and nothing is copied.
+    `ask` begins to read, `take` waits and gives the tensors. The bytes land in one buffer
+    that is used again and again, page-locked if a GPU is to copy from it. With `reuse` the
+    tensors share one block of memory as well: those of one `take` are overwritten by the
+    next, and neither allocator is left with holes.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, *, reuse: bool = False) -> None:
         self._device = device
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="weights")
         self._buffer = torch.empty(0, dtype=torch.uint8)
+        self._reuse = reuse
+        self._block = torch.empty(0, dtype=torch.uint8, device=device)
         self._copied: torch.cuda.Event | None = None
         self._asked: int | None = None
         self._reads: list[Future[None]] = []
@@ -43,15 +47,13 @@ class Loader:
             return
         self._wait()
         self._asked = group
+        if self._copied is not None:
+            self._copied.synchronize()  # the device may still be reading the buffer
         needed = sum(_padded(s.nbytes) for s in sources.values())
-        if self._device.type == "cuda":
-            if self._copied is not None:
-                self._copied.synchronize()  # the device may still be reading the buffer
-            if self._buffer.numel() < needed:
-                self._buffer = torch.empty(0, dtype=torch.uint8)
-                self._buffer = torch.empty(needed, dtype=torch.uint8, pin_memory=True)
-        else:
-            self._buffer = torch.empty(needed, dtype=torch.uint8)
+        if self._buffer.numel() < needed:
+            self._buffer = torch.empty(0, dtype=torch.uint8)  # free the old one first
+            locked = self._device.type == "cuda"
+            self._buffer = torch.empty(needed, dtype=torch.uint8, pin_memory=locked)
         for job in _jobs(sources, byte_view(self._buffer)):
             self._reads.append(self._pool.submit(_read, job))
 
@@ -63,17 +65,28 @@ class Loader:
         """
         self.ask(group, sources)
         self._wait()
-        found, at = {}, 0
+        block = self._room(sum(_padded(_count(s) * dtype.itemsize) for s in sources.values()))
+        found, at, place = {}, 0, 0
         for name, source in sources.items():
             raw = self._buffer[at : at + source.nbytes].view(source.dtype).view(source.shape)
-            found[name] = raw.to(self._device, non_blocking=True).to(dtype)
-            at += _padded(source.nbytes)
+            size = _count(source) * dtype.itemsize
+            found[name] = block[place : place + size].view(dtype).view(source.shape)
+            if raw.dtype != dtype:
+                raw = raw.to(self._device, non_blocking=True)  # it converts faster than the host
+            found[name].copy_(raw, non_blocking=True)
+            at, place = at + _padded(source.nbytes), place + _padded(size)
         if self._device.type == "cuda":
             self._copied = recorded()
-        else:
-            self._buffer = torch.empty(0, dtype=torch.uint8)  # the tensors own it now
         self._asked = None
         return found
+
+    def _room(self, nbytes: int) -> Tensor:
+        if not self._reuse:
+            return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+        if self._block.numel() < nbytes:
+            self._block = torch.empty(0, dtype=torch.uint8, device=self._device)
+            self._block = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+        return self._block
 
     def _wait(self) -> None:
         """Until all reads have ended; the first error is raised, none runs on."""
@@ -115,6 +128,10 @@ def _jobs(sources: Sources, into: memoryview) -> Iterator[Job]:
 def _read(job: Job) -> None:
     for span, into in job:
         read_span(span, into)
+
+
+def _count(source: Source) -> int:
+    return math.prod(source.shape)
 
 
 def _padded(count: int) -> int:

@@ -6,6 +6,7 @@ model's own forward is called: each stub records the arguments that its layer wo
 injected, so that embedding, final norm, head and soft-capping stay the library's code.
 """
 
+import ctypes
 import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -43,7 +44,7 @@ LOGIT_BYTES = {"cpu": 32 * 2**20, "cuda": 2**30}
 
 # Tokens of one batch, padding included: enough to fill the device; where weights are
 # streamed to save memory, few enough that a layer's activations are small beside them.
-TOKENS = {"cpu": 1024, "streamed": 4096, "resident": 8192}
+TOKENS = {"cpu": 1024, "streamed": 4096, "resident": 16384}
 
 
 # Lists of hidden states that are on a device at once where the rest is in host memory.
@@ -213,6 +214,17 @@ def fits(checkpoint: Checkpoint, device: torch.device, compute: torch.dtype) -> 
     return 2 * weights * compute.itemsize <= free
 
 
+def _give_back_memory() -> None:
+    """Let the C library return what lies free between its blocks.
+
+    glibc keeps blocks of some megabytes on its heap. The states that stay lie among the
+    activations that went, so that without this the process would grow with every layer.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's own, absent elsewhere
+    if trim is not None:
+        trim(0)
+
+
 def _give_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
     for name, tensor in weights.items():
         owner, _, leaf = name.rpartition(".")
@@ -250,7 +262,7 @@ class LayerStream:
         self.resident = fits(checkpoint, device, compute) if resident is None else resident
         self._loaded: set[int] = set()
         self._ahead: deque[int] = deque()
-        self._loader = Loader(device)
+        self._loader = Loader(device, reuse=not self.resident)
         self._model = skeleton(checkpoint, compute)
         self._load_buffers()
         decoder = self._model.model
@@ -395,6 +407,7 @@ class LayerStream:
             if not self.resident and not again:
                 _drop_weights(module)
                 self._loaded.discard(index)
+                _give_back_memory()
 
     def _sources(self, index: int) -> dict[str, Source]:
         prefix = f"model.layers.{index}."

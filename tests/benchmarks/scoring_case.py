@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -97,24 +98,36 @@ def _published(name: str, values: Tensor) -> dict[str, Tensor]:
     return found
 
 
-def add_gains(gains: Gains, gradients: Mapping[str, Mapping[str, Tensor]]) -> None:
+@cache
+def made_up_delta(shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """A delta for some tensors of one shape; made once."""
+    steps = torch.linspace(-1e-3, 1e-3, shape[0] * shape[1] * shape[2], device=device)
+    return steps.reshape(shape)
+
+
+def add_gains(gains: dict[str, Tensor], gradients: Mapping[str, Mapping[str, Tensor]]) -> None:
     """The gate's work on a layer, with a made-up delta: the same for every scheme."""
     for name, g_r in gradients["reasoning"].items():
         g_a = gradients["agent"][name]
         rows = g_r.shape[0] if g_r.dim() == 3 else 1
-        step = max(1, WEIGHTS_AT_ONCE // (g_r.numel() // rows))
-        r, a = (g.reshape(rows, *g.shape[-2:]) for g in (g_r, g_a))
+        shape = (rows, g_r.numel() // rows // g_r.shape[-1], g_r.shape[-1])
+        step = max(1, WEIGHTS_AT_ONCE // (shape[1] * shape[2]))
+        r, a = (g.reshape(shape) for g in (g_r, g_a))
         for first in range(0, rows, step):
-            here = r[first : first + step]
-            delta = torch.linspace(-1e-3, 1e-3, here[0].numel(), device=here.device)
-            delta = delta.reshape(here[0].shape).expand_as(here)
-            sums = stacked_gain_sums(here, delta, here, a[first : first + step])
-            gains[name] = gains.get(name, 0.0) + float(sums[:, 0].sum())
+            here, other = r[first : first + step], a[first : first + step]
+            delta = made_up_delta(tuple(here.shape), here.device)
+            gained = stacked_gain_sums(here, delta, here, other)[:, 0].sum()
+            gains[name] = gains[name] + gained if name in gains else gained
+
+
+def numbers(gains: dict[str, Tensor]) -> Gains:
+    """The gains on the CPU."""
+    return {name: float(gained) for name, gained in gains.items()}
 
 
 def score_by_walk(stream: LayerStream, case: Case, scratch: Path) -> Gains:
     """This project: one forward and one backward for all layers and both sets."""
-    gains: Gains = {}
+    gains: dict[str, Tensor] = {}
 
     def visit(layer: int | None, gradients: dict[str, Gradients]) -> None:
         if layer is not None:
@@ -122,7 +135,7 @@ def score_by_walk(stream: LayerStream, case: Case, scratch: Path) -> Gains:
 
     walk = GradientWalk(stream, case.sets(), States(scratch), kept=torch.bfloat16)
     walk.run(visit, (), lambda step: None)
-    return gains
+    return numbers(gains)
 
 
 def open_stream(folder: Path, device: str, compute: torch.dtype, *, resident: bool) -> LayerStream:
@@ -149,7 +162,7 @@ def score_by_chunks(model: Any, case: Case) -> Gains:
     model.train()  # gradient checkpointing works in training mode alone; there is no dropout
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model.config.use_cache = False
-    gains: Gains = {}
+    gains: dict[str, Tensor] = {}
     layers = model.model.layers
     for first in range(0, len(layers), CHUNK):
         chunk = [dict(layer.named_parameters()) for layer in layers[first : first + CHUNK]]
@@ -165,7 +178,7 @@ def score_by_chunks(model: Any, case: Case) -> Gains:
             add_gains(gains, {name: found[place] for name, found in gradients.items()})
             for parameter in parameters.values():
                 parameter.requires_grad_(False)
-    return gains
+    return numbers(gains)
 
 
 def _taken(parameter: Tensor) -> Tensor:
