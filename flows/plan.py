@@ -94,9 +94,11 @@ def _why(ctx: Context, ref: Ref) -> str:
 def _needs(ctx: Context, name: str, sizes: Sizes) -> dict[str, Any]:
     """Disk, memory, device memory and time of a stage that runs; rough."""
     wide = 4 if ctx.compute == "float32" else 2
+    on_device = ctx.device != "cpu"
     layer = sizes.layer // 2 * wide  # one decoder layer in the compute dtype
     ends = sizes.outside // 2 * wide
-    gradients = 2 * sizes.layer * 2  # both sets in float32
+    # Of a layer: one set's sums in float32, the other's rounded, and one on its way.
+    gradients = 4 * sizes.layer
     rate = FLOPS["cpu" if ctx.device == "cpu" else "cuda"]
     tokens = count_tokens(ctx)
     passes = 2 * sizes.parameters * tokens
@@ -104,26 +106,32 @@ def _needs(ctx: Context, name: str, sizes: Sizes) -> dict[str, Any]:
     sets = ctx.recipe.calibration
     elsewhere = all(isinstance(s.targets, Endpoint) for s in (sets.reasoning, sets.agent))
     resident = 0 if elsewhere else sizes.parameters * wide
+    boundary = tokens * ctx.pair().base.config["hidden_size"] * wide
+    layers = ctx.pair().base.num_layers
+    states = min(ctx.state_memory, (layers + 2) * boundary)
+    # The next layer is read while one runs; the head is held only between the directions.
+    walk = layer + max(gradients, ends)
+    look = layer + ends
+    host = sizes.layer + ends
     buffer = 16 * sizes.largest  # a few float32 copies of the largest tensor
     needs: dict[str, tuple[int, int, int, float]] = {
-        "calibration": (0, resident, resident, passes / rate),
+        "calibration": (0, buffer if on_device else resident, resident, passes / rate),
         "delta": (sizes.total, buffer, 0, 3 * io),
         "threshold": (0, buffer, 0, 3 * io),
         "scores": (
             2 * sizes.gated if ctx.recipe.gate.store_gradients else 0,
-            layer + ends + gradients,
-            layer + ends + gradients,
+            host + states + (0 if on_device else walk),
+            walk,
             3 * passes / rate + 3 * io,
         ),
-        "projector": (0, layer + ends, layer + ends, passes / rate + io),
+        "projector": (0, host + (0 if on_device else look), look, passes / rate + io),
         "apply": (sizes.total, buffer, buffer, 4 * io),
-        "evaluate": (0, layer + ends, layer + ends, 3 * passes / rate + 3 * io),
+        "evaluate": (0, host + (0 if on_device else look), look, 3 * passes / rate + 3 * io),
     }
     disk, memory, device_memory, seconds = needs[name]
-    on_device = ctx.device != "cpu"
     return {
         "disk": disk,
-        "memory": memory if not on_device else buffer,
+        "memory": memory,
         "device_memory": device_memory if on_device else None,
         "seconds": seconds,
     }

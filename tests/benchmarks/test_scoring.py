@@ -194,8 +194,8 @@ def compare_on_gpu(
     title: str,
     capsys: pytest.CaptureFixture[str],
     schemes: Mapping[str, str],
-) -> None:
-    """Print a table of the schemes; the first is what the others are compared with."""
+) -> dict[str, int]:
+    """Print a table of the schemes, the first being the measure; returns their memory."""
     write_case(case, folder / "model", torch.bfloat16, "cuda")
     floor = least_operations(case) / matmul_rate()
     torch.cuda.empty_cache()
@@ -218,9 +218,9 @@ def compare_on_gpu(
         )
     device = torch.cuda.get_device_name()
     show(capsys, f"{title}, {case.tokens:,} tokens, bfloat16, {device}; floor {floor:.2f} s", rows)
-    assert found["streamed"]["memory"] < found["resident"]["memory"]
     for one in found.values():
         assert worst_difference(one["gains"], first["gains"]) < 0.05
+    return {key: one["memory"] for key, one in found.items()}
 
 
 @pytest.mark.gpu
@@ -231,7 +231,9 @@ def test_layers_of_qwen3_30b_on_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixt
         "resident": "walk, resident",
         "streamed": "walk, streamed",
     }
-    compare_on_gpu(qwen3_30b(8), tmp_path, "8 layers of Qwen3-30B-A3B's shape", capsys, schemes)
+    title = "8 layers of Qwen3-30B-A3B's shape"
+    memory = compare_on_gpu(qwen3_30b(8), tmp_path, title, capsys, schemes)
+    assert memory["streamed"] < memory["resident"]
 
 
 @pytest.mark.gpu

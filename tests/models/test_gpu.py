@@ -89,9 +89,15 @@ def test_the_layers_buffers_are_on_the_device_too(
 
 
 @pytest.mark.parametrize("budget", [None, 0], ids=["in memory", "on disk"])
+@pytest.mark.parametrize("in_use", [6, 2**50], ids=["moved", "ferried"])
 def test_weights_and_states_that_come_and_go_give_the_bits_of_those_that_stay(
-    tiny_pair: Any, tmp_path: Path, budget: int | None
+    tiny_pair: Any,
+    tmp_path: Path,
+    budget: int | None,
+    in_use: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("crane_tasks.models.stream.IN_USE", in_use)
     torch.use_deterministic_algorithms(True)
     stay = _gradients(tiny_pair.base, CUDA, torch.bfloat16, tmp_path / "stay", resident=True)
     go = _gradients(
