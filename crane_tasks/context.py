@@ -91,7 +91,7 @@ class Context:
     def show_step(self, stage: str, step: Step) -> None:
         """A walk's step as two bars: the walk, and the items within a layer."""
         self.progress(stage, step.done, step.total, str(step))
-        if not step.between:
+        if step.done < step.total:  # the last step ends both bars
             self.progress(stage, step.batch, step.batches, "batches of items", bar="items")
 
     def pair(self) -> Pair:

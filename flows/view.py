@@ -50,13 +50,14 @@ class View:
         self._bars.stop()
 
     def progress(self, stage: str, done: int, total: int, what: str, bar: str = "") -> None:
-        """A stage has come so far; a bar goes when it is full."""
+        """A stage has come so far; its bars go when its own is full."""
         key = (stage, bar)
         if key not in self._tasks:
             self._tasks[key] = self._bars.add_task(bar or stage, total=total, what=what)
         self._bars.update(self._tasks[key], completed=done, total=total, what=what)
-        if done >= total:
-            self._bars.remove_task(self._tasks.pop(key))
+        if done >= total and not bar:
+            for mine in [k for k in self._tasks if k[0] == stage]:
+                self._bars.remove_task(self._tasks.pop(mine))
 
     def notice(self, text: str) -> None:
         """Something a person should know of."""
