@@ -120,7 +120,10 @@ class Draft:
                 if not line.endswith(b"\n"):
                     break  # torn by a kill: that unit does not exist
                 record = json.loads(line)
-                self.units[record["unit"]] = record
+                if record.get("void"):
+                    self.units.pop(record["unit"], None)
+                else:
+                    self.units[record["unit"]] = record
                 whole += len(line)
         os.truncate(self._log, whole)
 
@@ -141,15 +144,24 @@ class Draft:
 
     @contextmanager
     def unit(self, name: str) -> Iterator[Unit]:
-        """Write a unit; it exists once the block has ended without an error."""
+        """Write a unit; it exists once the block has ended without an error.
+
+        One that is there already ceases to exist when it is begun anew.
+        """
+        if name in self.units:
+            del self.units[name]
+            self._append({"unit": name, "void": True})
         unit = Unit(self, name)
         yield unit
         record = unit.record()
         arrays = [(n, a["dtype"]) for n, a in record["arrays"].items()]
         if problems := self._schema.problems(name, arrays, unit.meta):
             raise StoreError(f"{self.path}: {'; '.join(problems)}")
+        self._append(record)
+        self.units[name] = record
+
+    def _append(self, record: dict[str, Any]) -> None:
         with self._log.open("a") as stream:
             stream.write(json.dumps(record) + "\n")
             stream.flush()
             os.fsync(stream.fileno())
-        self.units[name] = record

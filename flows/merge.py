@@ -40,6 +40,7 @@ from crane_tasks.evaluate import (
     heldout_section,
     read_comparison,
 )
+from crane_tasks.gradients import STAGE as GRADIENTS
 from crane_tasks.gradients import gradients_ref
 from crane_tasks.projector import build_projector, projector_ref
 from crane_tasks.recipe import Recipe
@@ -143,7 +144,7 @@ def _disk_needs(ctx: Context, refs: Refs, *, written: bool) -> list[tuple[Path, 
     if not (store.has(refs.scores) or store.has(refs.gradients)):
         kept = 2 * sizes.gated if ctx.recipe.gate.store_gradients else 0
         row = base.config["hidden_size"] * ctx.compute_dtype.itemsize
-        states = count_tokens(ctx) * row * (base.num_layers + 1)
+        states = count_tokens(ctx) * row * (base.num_layers + 3)
         there = store.drafted_bytes(refs.scores) + store.drafted_bytes(refs.gradients)
         needs.append((store.root, kept + states - there, "gradients and hidden states"))
     if not written:
@@ -234,7 +235,10 @@ def healing(store: Store, work: Callable[[], T], notice: Callable[[str], None]) 
             return work()
         except DamagedArtifact as error:
             aside = store.set_aside(error.path)
-            notice(f"{error}. Set aside as {aside.name}, computing it anew.")
+            fate = "computing it anew"
+            if aside.parent.name == GRADIENTS:
+                fate = "doing without it: nothing is decided by it"
+            notice(f"{error}. Set aside as {aside.name}, {fate}.")
     return work()
 
 

@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import torch
@@ -45,7 +45,8 @@ class Loader:
         """Begin to read a group, unless that is already under way."""
         if self._asked == group:
             return
-        self._wait()
+        wait(self._reads)  # of a group that is no longer wanted
+        self._reads = []
         self._asked = group
         if self._copied is not None:
             self._copied.synchronize()  # the device may still be reading the buffer

@@ -1,9 +1,12 @@
 """Hidden states between the layers of a walk: in memory, and on disk so that it can resume.
 
 They are written behind the computation into the artifact's draft. A file's name carries its
-digest, so that one torn by a power cut is not there; nothing has to wait for the disk.
+digest, so that one torn by a power cut is not there; nothing has to wait for the disk. A disk
+slower than the walk lags behind: a walk that resumes takes the steps again whose states had
+not come to the disk, but visits no layer twice.
 """
 
+import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -46,6 +49,10 @@ class States:
         self._tasks: deque[tuple[str, Future[None]]] = deque()
         self._wanted: dict[str, int] = {}  # the save of each name that still counts
         self._saves = 0
+        # What was dropped, and after which save: its file goes once that save is on disk, so
+        # that a kill at any time finds lists that belong together.
+        self._stale: list[tuple[str, int]] = []
+        self._lock = threading.Lock()  # of the memory, which the mover writes too
         # Whether lists on a device are moved to host memory behind the computation.
         self.ashore = False
         self._mover = ThreadPoolExecutor(1, thread_name_prefix="states-ashore")
@@ -80,9 +87,10 @@ class States:
             OSError: an earlier list could not be written (the disk is full).
         """
         states = [t.detach().contiguous() for t in states]
-        self._memory[name] = states
-        while self._budget is not None and _size(self._memory) > self._budget:
-            self._memory.popitem(last=False)
+        with self._lock:
+            self._memory[name] = states
+            while self._budget is not None and _size(self._memory) > self._budget:
+                self._memory.popitem(last=False)
         self._saves += 1
         self._wanted[name] = number = self._saves
         event = recorded() if any(t.is_cuda for t in states) else None
@@ -103,8 +111,9 @@ class States:
 
     def _move(self, name: str, number: int, states: list[Tensor], event: Any) -> list[Tensor]:
         moved = self._fetched(name, number, states, event)
-        if self._wanted.get(name) == number and name in self._memory:
-            self._memory[name] = moved
+        with self._lock:
+            if self._wanted.get(name) == number and name in self._memory:
+                self._memory[name] = moved
         return moved
 
     def _fetched(self, name: str, number: int, states: list[Tensor], event: Any) -> list[Tensor]:
@@ -144,6 +153,16 @@ class States:
         self._remove(name)
         part.replace(file)
         self._sound.add(file)
+        self._clear(number)
+
+    def _clear(self, number: int) -> None:
+        """Remove the files of what was dropped up to a save that is on disk now."""
+        stale, self._stale = self._stale, []
+        for name, after in stale:
+            if after > number:
+                self._stale.append((name, after))
+            elif name not in self._wanted:  # not saved again since
+                self._remove(name)
 
     def ask(self, name: str) -> None:
         """Begin to read a list that will be wanted, if it is not in memory."""
@@ -170,10 +189,12 @@ class States:
         return [read_rows(e, 0, e.shape[0] if e.shape else 1, e.shape) for e in entries]
 
     def drop(self, name: str) -> None:
-        """Forget a list, after what was saved before is on disk."""
-        self._memory.pop(name, None)
+        """Forget a list; its file goes when what was saved before is on disk."""
+        with self._lock:
+            self._memory.pop(name, None)
         self._wanted.pop(name, None)
-        self._later(name, lambda: self._remove(name))
+        number = self._saves
+        self._later(name, lambda: self._stale.append((name, number)))
 
     def _remove(self, name: str) -> None:
         for file in self._files(name):
@@ -185,8 +206,11 @@ class States:
         Raises:
             OSError: something could not be written.
         """
-        while self._tasks:
-            self._tasks.popleft()[1].result()
+        tasks, self._tasks = self._tasks, deque()
+        errors = [error for _, task in tasks if (error := task.exception())]
+        if errors:
+            raise errors[0]
+        self._clear(self._saves)
 
 
 def _size(lists: OrderedDict[str, list[Tensor]]) -> int:

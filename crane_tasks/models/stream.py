@@ -205,13 +205,16 @@ def free_memory() -> int:
 
 
 def fits(checkpoint: Checkpoint, device: torch.device, compute: torch.dtype) -> bool:
-    """Whether all weights, in `compute` dtype, take at most half of the free memory."""
+    """Whether all weights, in `compute` dtype, may stay.
+
+    They may take half of a GPU's free memory, and a quarter of the host's, where hidden
+    states may take half.
+    """
     weights = sum(math.prod(entry.shape) for entry in checkpoint.entries.values())
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-    else:
-        free = free_memory()
-    return 2 * weights * compute.itemsize <= free
+        return 2 * weights * compute.itemsize <= free
+    return 4 * weights * compute.itemsize <= free_memory()
 
 
 def _give_back_memory() -> None:
@@ -415,6 +418,11 @@ class LayerStream:
         return {name: self.checkpoint.source(prefix + name) for name in names}
 
     def _load(self, index: int, module: nn.Module) -> None:
+        if not self.resident:
+            # A layer that was held for its next turn has its weights where these will be.
+            for other in self._loaded:
+                _drop_weights(self._layers[other])
+            self._loaded.clear()
         _give_weights(module, self._loader.take(index, self._sources(index), self.compute))
         self._loaded.add(index)
 

@@ -180,6 +180,19 @@ def test_a_unit_whose_block_failed_does_not_exist(tmp_path: Path) -> None:
     assert list(draft.units) == ["layer.0"]
 
 
+def test_a_unit_that_is_begun_anew_does_not_exist_until_it_ends(tmp_path: Path) -> None:
+    draft = Draft(tmp_path / "draft", SCHEMA)
+    write_sample_unit(draft, 0)
+    write_sample_unit(draft, 1)
+    with pytest.raises(ZeroDivisionError), draft.unit("layer.0"):
+        raise ZeroDivisionError
+    assert not draft.done("layer.0")
+    again = Draft(tmp_path / "draft", SCHEMA)
+    assert not again.done("layer.0") and again.done("layer.1")
+    write_sample_unit(again, 0)
+    assert Draft(tmp_path / "draft", SCHEMA).done("layer.0")
+
+
 def test_a_unit_without_its_line_does_not_exist(tmp_path: Path) -> None:
     draft = Draft(tmp_path / "draft", SCHEMA)
     for number in range(2):

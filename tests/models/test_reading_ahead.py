@@ -77,3 +77,16 @@ def test_a_file_cut_while_it_is_read_is_an_error(moe_pair: TinyPair, tmp_path: P
         os.truncate(file, file.stat().st_size // 4)
     with pytest.raises(CheckpointError, match=r"ends before byte"), stream.layer(1):
         pass
+
+
+def test_a_layer_held_for_its_next_turn_is_read_again_if_another_came_between(
+    moe_pair: TinyPair,
+) -> None:
+    stream = streamed(moe_pair.base)
+    stream.expect([1, 1])
+    with stream.layer(1):
+        pass
+    stream.expect([0, 1])
+    for index in (0, 1):
+        with stream.layer(index) as module:
+            assert_layer(module, moe_pair.base, index)

@@ -1,5 +1,6 @@
 """States between layers: in memory up to a budget, on disk whole or not at all."""
 
+import threading
 from pathlib import Path
 
 import pytest
@@ -96,3 +97,35 @@ def test_names_that_share_a_beginning_are_kept_apart(tmp_path: Path) -> None:
     states.flush()
     later = States(tmp_path)
     assert later.has("hidden.1") and not later.has("hidden.10") and not later.has("hidden")
+
+
+def test_a_dropped_list_goes_only_when_its_successor_is_on_disk(tmp_path: Path) -> None:
+    """However far the disk is behind, what it holds belongs together."""
+    states = States(tmp_path)
+    states.save("hidden.4", random_list(4))
+    states.save("grad.5", random_list(5))
+    states.flush()
+    blocked = threading.Event()
+    states._disk.submit(blocked.wait)  # stands for a slow disk
+    states.save("grad.4", random_list(6))
+    states.drop("grad.5")
+    states.drop("hidden.4")
+    states.save("grad.3", random_list(7))
+    states.drop("grad.4")  # before it was written
+    later = States(tmp_path)
+    assert later.has("grad.5") and later.has("hidden.4")
+    blocked.set()
+    states.flush()
+    assert [file.name.rsplit(".", 2)[0] for file in tmp_path.iterdir()] == ["grad.3"]
+
+
+def test_a_write_that_failed_removes_nothing(tmp_path: Path) -> None:
+    states = States(tmp_path)
+    states.save("grad.5", random_list(5))
+    states.flush()
+    (tmp_path / "grad.4.part").mkdir()  # stands for a disk that takes nothing
+    with pytest.raises(OSError, match=r"grad\.4"):
+        states.save("grad.4", random_list(4))
+        states.drop("grad.5")
+        states.flush()
+    assert States(tmp_path).has("grad.5")
