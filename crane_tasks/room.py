@@ -10,7 +10,7 @@ from pathlib import Path
 from crane_tasks.errors import OutputError
 from crane_tasks.models.checkpoint import Checkpoint
 from crane_tasks.models.layout import Slot
-from crane_tasks.threshold import PLAIN
+from crane_tasks.threshold import gated
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def sizes_of(base: Checkpoint) -> Sizes:
     counts = [math.prod(p.shape) for pieces in base.pieces.values() for p in pieces]
     return Sizes(
         total=sum(e.nbytes for e in base.entries.values()),
-        gated=sum(nbytes(s) for s in base.slots.values() if s.component not in PLAIN),
+        gated=sum(nbytes(s) for s in gated(base.slots.values())),
         layer=max(size for layer, size in groups.items() if layer is not None),
         outside=groups[None],
         largest=max(counts),

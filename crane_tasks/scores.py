@@ -33,7 +33,7 @@ from crane_tasks.models.states import States
 from crane_tasks.models.stream import LayerStream
 from crane_tasks.numerics.gate import GainSums, NoGain, normalised, pooled, stacked_gain_sums
 from crane_tasks.tables import read_table, write_table
-from crane_tasks.threshold import PLAIN
+from crane_tasks.threshold import gated
 
 STAGE = "scores"
 VERSION = 2
@@ -108,17 +108,17 @@ def walk_scores(
         if layer is None:
             _refuse_bad_losses(walk.losses, {n: found.places for n, found in tokens.items()})
         unit = unit_name(layer)
-        gated = [slot for slot in slots[layer] if slot.component not in PLAIN]
+        mine = gated(slots[layer])
         found = {name: by_slot(base, layer, gradients[name]) for name in SETS}
         losses = _losses(walk) if layer is None else {}
         if keep is not None:
-            write_gradients(keep, gated, unit, found, losses)
+            write_gradients(keep, mine, unit, found, losses)
 
         def gradient(name: str, slot: Slot, experts: slice | None) -> Tensor:
             whole = found[name][slot.name]
             return whole if experts is None else whole[experts]
 
-        _write_unit(ctx, delta, draft, unit, gated, gradient, losses)
+        _write_unit(ctx, delta, draft, unit, mine, gradient, losses)
 
     done = {
         layer
@@ -138,9 +138,8 @@ def rescore(ctx: Context, delta: Artifact, kept: Artifact, draft: Draft) -> None
     for number, (layer, slots) in enumerate(groups):
         unit = unit_name(layer)
         if not draft.done(unit):
-            gated = [slot for slot in slots if slot.component not in PLAIN]
             losses = {n: kept.read(unit, f"{n}.losses") for n in SETS} if layer is None else {}
-            _write_unit(ctx, delta, draft, unit, gated, gradient, losses)
+            _write_unit(ctx, delta, draft, unit, gated(slots), gradient, losses)
             ctx.progress(STAGE, number + 1, len(groups), "layers from kept gradients")
 
 

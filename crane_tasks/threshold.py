@@ -1,6 +1,7 @@
 """Stage `threshold`: the median magnitude m of every tensor's delta, and what T keeps."""
 
 import math
+from collections.abc import Iterable
 
 from artifacts.ref import Ref
 from artifacts.schema import Schema
@@ -17,6 +18,11 @@ COLUMNS = ["threshold", "kept", "numel", "norm", "delta_norm"]
 SCHEMA = Schema(arrays={"tensors": ("float64",)})
 # Moved by a plain fraction of the delta, so they have no threshold (DESIGN 1).
 PLAIN = ("embedding", "lm_head")
+
+
+def gated(slots: Iterable[Slot]) -> list[Slot]:
+    """Those that the threshold and the gate are for."""
+    return [slot for slot in slots if slot.component not in PLAIN]
 
 
 def threshold_ref(ctx: Context, delta: Ref) -> Ref:
@@ -40,8 +46,7 @@ def write_threshold(ctx: Context, delta: Artifact, draft: Draft) -> None:
     for number, (layer, slots) in enumerate(groups):
         name = unit_name(layer)
         if not draft.done(name):
-            gated = [slot for slot in slots if slot.component not in PLAIN]
-            rows = [row for slot in gated for row in _rows(ctx, delta, slot)]
+            rows = [row for slot in gated(slots) for row in _rows(ctx, delta, slot)]
             with draft.unit(name) as unit:
                 write_table(unit, "tensors", COLUMNS, rows)
         ctx.progress(STAGE, number + 1, len(groups), "layers")
