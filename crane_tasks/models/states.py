@@ -44,7 +44,7 @@ class States:
         self._memory: OrderedDict[str, list[Tensor]] = OrderedDict()
         self._ahead: dict[str, Future[list[Tensor]]] = {}
         self._sound: set[Path] = set()
-        # One thread: what is dropped after a save is dropped after it on disk, too.
+        # One thread: saves and drops come to the disk in their order.
         self._disk = ThreadPoolExecutor(1, thread_name_prefix="states")
         self._tasks: deque[tuple[str, Future[None]]] = deque()
         self._wanted: dict[str, int] = {}  # the save of each name that still counts
@@ -78,7 +78,7 @@ class States:
 
     def has(self, name: str) -> bool:
         """Whether the list was saved, in this walk or an earlier one."""
-        return name in self._memory or self._file(name) is not None
+        return name in self._wanted or self._file(name) is not None
 
     def save(self, name: str, states: list[Tensor]) -> None:
         """Keep the list, and write it behind the computation.
