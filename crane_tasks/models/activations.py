@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from crane_tasks.models.batches import batched, plan_mark
 from crane_tasks.models.layout import Site
 from crane_tasks.models.pace import Pace, Progress
+from crane_tasks.models.passage import Passage
 from crane_tasks.models.states import States
 from crane_tasks.models.stream import LayerStream
 
@@ -34,9 +35,12 @@ GramOf = Callable[[Tensor], Tensor]
 class _Taps:
     """Forward hooks on one layer that add up the Gram matrices of chosen rows."""
 
-    def __init__(self, module: nn.Module, sites: Collection[Site], gram: GramOf) -> None:
+    def __init__(
+        self, module: nn.Module, sites: Collection[Site], gram: GramOf, masks: list[Tensor]
+    ) -> None:
         self.sums: Sums = {}
-        self.rows: Tensor | None = None
+        self._masks = masks
+        self._rows = masks[0]
         self._gram = gram
         self._handles = []
         modules = dict(module.named_modules())
@@ -49,6 +53,10 @@ class _Taps:
                 "routed": partial(self._routed, site.name),
             }[site.side]
             self._handles.append(target.register_forward_hook(hook))
+
+    def choose(self, batch: int) -> None:
+        """Whose rows the hooks will see."""
+        self._rows = self._masks[batch]
 
     def remove(self) -> None:
         for handle in self._handles:
@@ -66,8 +74,7 @@ class _Taps:
             found[expert] = Sum(gram, rows.shape[0])
 
     def _chosen(self, states: Tensor) -> Tensor:
-        assert self.rows is not None
-        return states.reshape(-1, states.shape[-1])[self.rows]
+        return states.reshape(-1, states.shape[-1])[self._rows]
 
     def _output(self, site: str, _module: nn.Module, _args: Any, output: Tensor) -> None:
         self._add(site, 0, self._chosen(output))
@@ -77,7 +84,7 @@ class _Taps:
 
     def _routed(self, site: str, module: nn.Module, args: Any, _output: Tensor) -> None:
         """The true input of each expert's down projection, for the rows routed to it."""
-        hidden, chosen = self._chosen(args[0]), args[1][self.rows]
+        hidden, chosen = self._chosen(args[0]), args[1][self._rows]
         experts: Any = module
         for expert in torch.unique(chosen).tolist():
             rows = hidden[(chosen == expert).any(dim=-1)]
@@ -103,36 +110,26 @@ def walk_activations(
     visited layer is kept in `states`, so that a killed walk resumes behind it.
     """
     batches = batched([ids for ids, _ in items], stream.batch_tokens)
-    with stream.embedding():
-        entered = [stream.enter(batch.ids) for batch in batches]
-    keeper = stream.keeper(sum(h.nbytes for h, _ in entered), 3)
-    hidden = [keeper.keep(h) for h, _ in entered]
-    keeper.settle()
+    passage = Passage(stream, batches, 3)
     states = states.within(plan_mark(batches))
-    states.ashore = keeper.ashore
+    states.ashore = passage.keeper.ashore
     masks = [
         batch.rows([items[i][1] for i in batch.items], fill=False).flatten().to(stream.device)
         for batch in batches
     ]
     reached = max((i + 1 for i in done if states.has(f"behind.{i}")), default=0)
     if reached:
-        hidden = states.load(f"behind.{reached - 1}")
+        passage.hidden = states.load(f"behind.{reached - 1}")
     count = stream.num_layers
-    tokens = [batch.ids.numel() for batch in batches]
-    pace = Pace(progress, layers=count, tokens=tokens, passes=count, skipped=reached)
+    pace = Pace(progress, layers=count, tokens=passage.tokens, passes=count, skipped=reached)
     stream.expect(range(reached, count))
     try:
         for layer in range(reached, count):
             with stream.layer(layer) as module:
-                taps = _Taps(module, sites, gram)
-                for index, (_, calls) in enumerate(entered):
-                    taps.rows = masks[index]
-                    state = keeper.fetch(hidden[index])
-                    hidden[index] = keeper.keep(stream.run(module, state, calls[layer]))
-                    pace.batch("forward", layer, index, 1)
+                taps = _Taps(module, sites, gram, masks)
+                passage.push(module, layer, pace, taps.choose)
                 taps.remove()
-            keeper.settle()
-            states.save(f"behind.{layer}", hidden)
+            states.save(f"behind.{layer}", passage.hidden)
             if layer not in done:
                 visit(layer, taps.sums)
             states.drop(f"behind.{layer - 1}")

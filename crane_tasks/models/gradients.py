@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from crane_tasks.models.batches import Batch, batched, plan_mark, unpadded
 from crane_tasks.models.pace import Pace, Progress
+from crane_tasks.models.passage import Passage
 from crane_tasks.models.states import States
-from crane_tasks.models.stream import Item, LayerCall, LayerStream
+from crane_tasks.models.stream import Item, LayerStream
 
 Gradients = dict[str, Tensor]  # parameter name within its layer -> gradient
 Sets = Mapping[str, list[Item]]
@@ -95,18 +96,9 @@ class GradientWalk:
             for batch in batched([item.ids for item in items], batch_tokens or stream.batch_tokens)
         ]
         self._states = states.within(plan_mark(batch for _, batch in self._batches))
-        self._first: list[Tensor] = []
-        self._calls: list[list[LayerCall]] = []
-        with stream.embedding():
-            for _, batch in self._batches:
-                hidden, calls = stream.enter(batch.ids)
-                self._first.append(hidden)
-                self._calls.append(calls)
-        boundary = sum(hidden.nbytes for hidden in self._first)
-        self._keeper = stream.keeper(boundary, stream.num_layers + 2)
+        self._passage = Passage(stream, [b for _, b in self._batches], stream.num_layers + 2)
+        self._keeper = self._passage.keeper
         self._states.ashore = self._keeper.ashore
-        self._first = [self._keeper.keep(hidden) for hidden in self._first]
-        self._keeper.settle()
         self.losses: dict[str, list[float]] = {n: [math.nan] * len(i) for n, i in sets.items()}
 
     def run(self, visit: Visit, done: Collection[int | None], progress: Progress) -> None:
@@ -120,19 +112,22 @@ class GradientWalk:
         if all(layer in done for layer in (None, *range(count))):
             return
         start = self._start(done)
+        if start is None and not self._states.has("hidden.0"):
+            self._states.save("hidden.0", self._passage.hidden)
         reached = self._reached() if start is None else count
         pace = Pace(
             progress,
             layers=count,
-            tokens=[batch.ids.numel() for _, batch in self._batches],
+            tokens=self._passage.tokens,
             passes=count * (1 + BACKWARD),
-            skipped=max(reached, 0) + (0 if start is None else (count - start) * BACKWARD),
+            skipped=reached + (0 if start is None else (count - start) * BACKWARD),
         )
         begin = count if start is None else start
-        self._stream.expect([*range(max(reached, 0), count), *reversed(range(begin))])
+        self._stream.expect([*range(reached, count), *reversed(range(begin))])
         try:
             if start is None:
                 self._forward(reached, pace)
+            self._passage.hidden = []  # not to be in memory on the way back
             if start is None or None not in done:
                 self._head(visit, done)
             self._back(begin, visit, done, pace)
@@ -161,26 +156,17 @@ class GradientWalk:
         return None
 
     def _reached(self) -> int:
-        """The boundary up to which an earlier walk came forward."""
+        """The boundary up to which a walk came forward, this one or an earlier."""
         count, states = self._stream.num_layers, self._states
         return next((i for i in range(count + 1) if not states.has(f"hidden.{i}")), count + 1) - 1
 
-    @torch.no_grad()
     def _forward(self, reached: int, pace: Pace) -> None:
-        stream, states = self._stream, self._states
-        if reached < 0:
-            reached = 0
-            states.save("hidden.0", self._first)
-        self._first = []
-        hidden = states.load(f"hidden.{reached}")
+        stream, states, passage = self._stream, self._states, self._passage
+        passage.hidden = states.load(f"hidden.{reached}")
         for layer in range(reached, stream.num_layers):
             with stream.layer(layer) as module:
-                for index, calls in enumerate(self._calls):
-                    state = self._keeper.fetch(hidden[index])
-                    hidden[index] = self._keeper.keep(stream.run(module, state, calls[layer]))
-                    pace.batch("forward", layer, index, 1)
-            self._keeper.settle()
-            states.save(f"hidden.{layer + 1}", hidden)
+                passage.push(module, layer, pace)
+            states.save(f"hidden.{layer + 1}", passage.hidden)
             pace.layer()
 
     def _head(self, visit: Visit, done: Collection[int | None]) -> None:
@@ -246,7 +232,7 @@ class GradientWalk:
                 sums = Accumulator(dict(module.named_parameters()))
                 for index, _ in self._of(name):
                     state = self._keeper.fetch(hidden[index]).detach().requires_grad_(True)
-                    out = stream.run(module, state, self._calls[index][layer])
+                    out = stream.run(module, state, self._passage.calls[index][layer])
                     torch.autograd.backward(out, self._keeper.fetch(incoming[index]))
                     assert state.grad is not None
                     outgoing[index] = self._keeper.keep(state.grad)
@@ -262,27 +248,18 @@ def item_losses(
 ) -> tuple[list[float], list[Tensor]]:
     """Each item's mean token NLL, and its state [T, d] after the last layer; forward only."""
     batches = batched([item.ids for item in items], stream.batch_tokens)
-    with stream.embedding():
-        entered = [stream.enter(batch.ids) for batch in batches]
-    keeper = stream.keeper(sum(h.nbytes for h, _ in entered), 2)
-    hidden = [keeper.keep(h) for h, _ in entered]
-    keeper.settle()
+    passage = Passage(stream, batches, 2)
     count = stream.num_layers
-    tokens = [batch.ids.numel() for batch in batches]
-    pace = Pace(progress, layers=count, tokens=tokens, passes=count)
+    pace = Pace(progress, layers=count, tokens=passage.tokens, passes=count)
     stream.expect(range(count))
     for layer in range(count):
         with stream.layer(layer) as module:
-            for index, (_, calls) in enumerate(entered):
-                state = keeper.fetch(hidden[index])
-                hidden[index] = keeper.keep(stream.run(module, state, calls[layer]))
-                pace.batch("forward", layer, index, 1)
-        keeper.settle()
+            passage.push(module, layer, pace)
         pace.layer()
     losses, states = [math.nan] * len(items), [torch.empty(0)] * len(items)
     with stream.head():
-        for batch, h in zip(batches, hidden, strict=True):
-            found, _ = stream.losses(keeper.fetch(h), [items[i] for i in batch.items])
+        for batch, h in zip(batches, passage.hidden, strict=True):
+            found, _ = stream.losses(passage.keeper.fetch(h), [items[i] for i in batch.items])
             own = unpadded(batch, h)
             for place, loss, state in zip(batch.items, found, own, strict=True):
                 losses[place], states[place] = loss, state

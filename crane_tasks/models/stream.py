@@ -410,7 +410,8 @@ class LayerStream:
             if not self.resident and not again:
                 _drop_weights(module)
                 self._loaded.discard(index)
-                _give_back_memory()
+                if self.device.type == "cpu":
+                    _give_back_memory()
 
     def _sources(self, index: int) -> dict[str, Source]:
         prefix = f"model.layers.{index}."
