@@ -1,7 +1,6 @@
 """Every architecture that has a table is walked as the library runs it, or refused by name."""
 
 import json
-from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,10 +18,8 @@ from test_layer_walk import (
     walk,
     whole_model_gradients,
 )
-from test_site_activations import make_items as make_rows
+from test_site_activations import hooked_rows
 from test_site_activations import walk as walk_sites
-from torch import Tensor
-from torch.nn.functional import linear, silu
 
 from crane_tasks.errors import CheckpointError
 from crane_tasks.models.activations import Sums
@@ -128,47 +125,6 @@ def test_the_items_are_longer_than_the_windows(pairs: Pairs, architecture: str) 
 # Activations
 
 
-def hooked_rows(pair: TinyPair, compute: torch.dtype) -> dict[tuple[int, str, int], list[Tensor]]:
-    """The chosen rows at every site by hooks on the whole model: (layer, site, expert)."""
-    model = resident(pair.base, compute)
-    if hasattr(model, "set_experts_implementation"):
-        model.set_experts_implementation("eager")
-    tensors = load_tensors(pair.base)
-    rows: dict[tuple[int, str, int], list[Tensor]] = defaultdict(list)
-    mask = torch.empty(0)
-
-    def tap(layer: int, site: str, side: str) -> Any:
-        def hook(module: Any, args: Any, output: Any) -> None:
-            states = output if side == "output" else args[0]
-            rows[layer, site, 0].append(states.reshape(-1, states.shape[-1])[mask])
-
-        return hook
-
-    def routed(layer: int) -> Any:
-        def hook(module: Any, args: Any, output: Any) -> None:
-            states, chosen = args[0].reshape(-1, args[0].shape[-1]), output[2]
-            for expert in range(8):
-                prefix = f"model.layers.{layer}.mlp.experts.{expert}."
-                gate, up = (tensors[f"{prefix}{p}_proj.weight"].to(compute) for p in ("gate", "up"))
-                mine = states[mask & (chosen == expert).any(dim=-1)]
-                inner = silu(linear(mine, gate)) * linear(mine, up)
-                rows[layer, "expert_inner", expert].append(inner)
-
-        return hook
-
-    for number, layer in enumerate(model.model.layers):
-        modules = dict(layer.named_modules())
-        for site, (name, side) in HOOKS[pair.architecture].items():
-            if name in modules:
-                modules[name].register_forward_hook(tap(number, site, side))
-        if "mlp.gate" in modules:
-            modules["mlp.gate"].register_forward_hook(routed(number))
-    with torch.no_grad():
-        for ids, mask in make_rows():  # noqa: B007  the hooks read it
-            model(input_ids=ids[None], use_cache=False)
-    return rows
-
-
 @pytest.mark.parametrize(
     ("compute", "rel"), [(torch.float64, 1e-9), (torch.float32, 1e-5)], ids=["float64", "float32"]
 )
@@ -178,7 +134,9 @@ def test_gram_sums_of_all_sites_are_those_of_hooks_on_the_whole_model(
     found: dict[int, Sums] = {}
     walk_sites(pair, tmp_path, found, compute)
     checked = 0
-    for (layer, site, expert), parts in hooked_rows(pair, compute).items():
+    for (layer, site, expert), parts in hooked_rows(
+        pair, compute, HOOKS[pair.architecture]
+    ).items():
         rows = torch.cat(parts).double()
         if rows.shape[0] == 0:
             assert expert not in found[layer].get(site, {})

@@ -29,13 +29,14 @@ SITES = {
         ATTENTION | {"expert_inner", "shared_expert_inner"},
     ],
 }
-HOOKS = {
-    "input_layernorm": ("attn_input", "output"),
-    "post_attention_layernorm": ("ffn_input", "output"),
-    "self_attn.o_proj": ("o_proj_input", "input"),
-    "mlp.down_proj": ("down_proj_input", "input"),
-    "linear_attn.out_proj": ("linattn_inner", "input"),
-    "mlp.shared_expert.down_proj": ("shared_expert_inner", "input"),
+Hooks = dict[str, tuple[str, str]]  # site -> module of the layer, side
+HOOKS: Hooks = {
+    "attn_input": ("input_layernorm", "output"),
+    "ffn_input": ("post_attention_layernorm", "output"),
+    "o_proj_input": ("self_attn.o_proj", "input"),
+    "down_proj_input": ("mlp.down_proj", "input"),
+    "linattn_inner": ("linear_attn.out_proj", "input"),
+    "shared_expert_inner": ("mlp.shared_expert.down_proj", "input"),
 }
 
 
@@ -93,7 +94,7 @@ def walk(
     )
 
 
-def hooked_rows(pair: TinyPair, compute: torch.dtype) -> Rows:
+def hooked_rows(pair: TinyPair, compute: torch.dtype, hooks: Hooks = HOOKS) -> Rows:
     """The rows at every site by hooks on the whole model.
 
     An expert's inner rows are computed from the tensors of the file, one expert each, and
@@ -120,7 +121,7 @@ def hooked_rows(pair: TinyPair, compute: torch.dtype) -> Rows:
     def routed(layer: int) -> Any:
         def hook(module: Any, args: Any, output: Any) -> None:
             states, chosen = args[0].reshape(-1, args[0].shape[-1]), output[2]
-            for expert in range(4):
+            for expert in range(module.weight.shape[0]):
                 prefix = f"model.layers.{layer}.mlp.experts.{expert}."
                 gate, up = (tensors[f"{prefix}{p}_proj.weight"].to(compute) for p in ("gate", "up"))
                 mine = states[mask & (chosen == expert).any(dim=-1)]
@@ -132,7 +133,7 @@ def hooked_rows(pair: TinyPair, compute: torch.dtype) -> Rows:
 
     for number, layer in enumerate(model.model.layers):
         modules = dict(layer.named_modules())
-        for name, (site, side) in HOOKS.items():
+        for site, (name, side) in hooks.items():
             if name in modules:
                 modules[name].register_forward_hook(tap(number, site, side))
         if "mlp.gate" in modules:
