@@ -26,11 +26,11 @@ from crane_tasks.models.safetensors_io import Entry, Span, byte_view, read_span
 
 # Bytes of a window. On a CPU small: many are in flight. On a GPU large enough that its
 # transfers and products run at full speed.
-WINDOW = {"cpu": 8 * 2**20, "cuda": 128 * 2**20}
+WINDOW = {"cpu": 8 * 2**20, "cuda": 64 * 2**20}
 # Bytes of weights in flight, but for a single larger window; deltas come on top.
 IN_FLIGHT = {"cpu": 128 * 2**20, "cuda": 1024 * 2**20}
 # A GPU is fed by threads that read files: some of them wait for it, or for the disk.
-GPU_THREADS = 8
+GPU_THREADS = 6
 ALIGN = 16  # bytes, for every delta in a window's buffer
 _OWN = threading.local()
 
@@ -145,12 +145,19 @@ def windows_of(parts: Iterable[Part], limit: int) -> Iterator[Window]:
 class Pipeline:
     """Threads' buffers through which windows go; made once for a whole checkpoint."""
 
-    def __init__(self, editor: Editor) -> None:
+    def __init__(
+        self, editor: Editor, *, window: int | None = None, threads: int | None = None
+    ) -> None:
+        """
+        Args:
+            window: bytes of a window, by default what suits the device.
+            threads: so many, by default all cores, or what keeps a GPU busy.
+        """
         self._editor = editor
         self._device = editor.device
         cuda = self._device.type == "cuda"
-        self._window = WINDOW[self._device.type]
-        self._threads = GPU_THREADS if cuda else torch.get_num_threads()
+        self._window = window or WINDOW[self._device.type]
+        self._threads = threads or (GPU_THREADS if cuda else torch.get_num_threads())
         # One more waits in order, and one is with the caller.
         self._buffers: SimpleQueue[_Buffers] = SimpleQueue()
         for _ in range(self._threads + 2):

@@ -3,6 +3,8 @@
 import math
 from collections.abc import Iterable
 
+import torch
+
 from artifacts.ref import Ref
 from artifacts.schema import Schema
 from artifacts.store import Artifact, Built, Draft
