@@ -29,8 +29,8 @@ from crane_tasks.models.safetensors_io import Entry, Span, byte_view, read_span
 WINDOW = {"cpu": 8 * 2**20, "cuda": 64 * 2**20}
 # Bytes of weights in flight, but for a single larger window; deltas come on top.
 IN_FLIGHT = {"cpu": 128 * 2**20, "cuda": 1024 * 2**20}
-# A GPU is fed by threads that read files: some of them wait for it, or for the disk.
-GPU_THREADS = 6
+# A GPU is fed by few threads: more of them wait for each other's turn in Python.
+GPU_THREADS = 3
 ALIGN = 16  # bytes, for every delta in a window's buffer
 _OWN = threading.local()
 

@@ -69,5 +69,6 @@ def test_a_gpu_agrees_with_the_cpu_but_for_ties(folder: Path, rounding: str) -> 
     total = sum(t.numel() for t in here.values())
     assert differing < 1e-4 * total
     for key, ours in here.items():
-        steps = (ours.view(torch.int16).int() - there[key].view(torch.int16).int()).abs()
-        assert int(steps.max()) <= 1, key
+        # One step of bfloat16, or of the float32 products where the sum all but cancels.
+        apart = (ours.float() - there[key].float()).abs()
+        assert bool((apart <= 2**-7 * ours.float().abs() + 1e-7).all()), key
