@@ -113,7 +113,7 @@ def all_refs(ctx: Context) -> Refs:
 def check_cheap(ctx: Context, refs: Refs, *, force: bool) -> None:
     """Everything about data and output that is known to be wrong before weights are read."""
     there = check_destination(ctx, refs.apply, force=force)
-    check_room(_disk_needs(ctx, refs, written=there and ctx.store.has(refs.apply)))
+    check_room(disk_needs(ctx, refs, written=there and ctx.store.has(refs.apply)))
     check_baseline(ctx)
     if not ctx.store.has(refs.apply):
         check_rows(ctx)
@@ -132,7 +132,7 @@ def check_data(ctx: Context, refs: Refs) -> None:
             check_prompts(ctx, section, refs.sets.refs[name])
 
 
-def _disk_needs(ctx: Context, refs: Refs, *, written: bool) -> list[tuple[Path, int, str]]:
+def disk_needs(ctx: Context, refs: Refs, *, written: bool) -> list[tuple[Path, int, str]]:
     """What the missing stages will write, in bytes; small artifacts are left out.
 
     What an interrupted stage has in its draft already is not counted again.
