@@ -20,6 +20,8 @@ DPI = 110
 LINES = 8
 # Points of a sweep that all have their names beside them; of more, the front's alone.
 NAMED = 12
+# Losses that differ by so much would lie on one another on a linear axis.
+MANIFOLD = 10
 RATES = ("tool_calls",)  # shown in percent
 
 
@@ -193,14 +195,18 @@ def trade_off(
             axes.scatter(mx, my, 40, "none", marker=marker, edgecolor="grey", label=name)
     for bound in requirements:
         _bound_line(axes, bound, choice.axes)
+    losses = y[np.isfinite(y)]
+    if losses.min() > 0 and losses.max() > MANIFOLD * losses.min():
+        axes.set_yscale("log")
+    axes.margins(0.16, 0.08)
     _name_points(axes, points, choice, spots)
     axes.set(xlabel=f"{titles[other]}{' (%)' if other in RATES else ''}",
              ylabel=titles[objective])  # fmt: skip
-    axes.margins(0.08)
     if len(set(alphas)) > 1:
         figure.colorbar(dots, ax=axes, label="alpha")
     axes.legend(fontsize=8)
-    axes.set_title(f"{titles[objective]} against {titles[other]}, a dot per point")
+    named = " / ".join(["alpha", "tau", *points[0].changes])
+    axes.set_title(f"{titles[objective]} against {titles[other]}; labels: {named}", fontsize=10)
     return _png(figure)
 
 
@@ -222,6 +228,8 @@ def _name_points(axes: Any, points: Sequence[Point], choice: Choice, spots: np.n
             values = (points[i].alpha, points[i].tau, *points[i].changes.values())
             text = " / ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in values)
             texts.setdefault(tuple(spots[i]), []).append(text)
-    for number, (spot, names) in enumerate(sorted(texts.items())):
-        axes.annotate("\n".join(names), spot, xytext=(7, (6, -12)[number % 2]), fontsize=7,
-                      textcoords="offset points")  # fmt: skip
+    # By turns on either side: rates crowd at 100 %, one above the other.
+    for number, (spot, names) in enumerate(sorted(texts.items(), key=lambda item: item[0][1])):
+        side, align = ((-9, "right"), (9, "left"))[number % 2]
+        axes.annotate("\n".join(names), spot, xytext=(side, 0), textcoords="offset points",
+                      ha=align, va="center", fontsize=7)  # fmt: skip

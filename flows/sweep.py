@@ -216,7 +216,8 @@ def sweep(
         done = merge(work[best].spot.recipe, store, call=call, progress=progress, notice=notice,
                      force=force)  # fmt: skip
         found.written = done.ctx.output
-    found.write()
+    if found.written or found.points[-1].status == "reused":
+        found.write()  # else it was written after the last point
     return found
 
 
