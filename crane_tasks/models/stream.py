@@ -232,16 +232,23 @@ def _give_back_memory() -> None:
 
 
 def _generation_config(checkpoint: Checkpoint) -> Any:
-    """As `from_pretrained` makes it: from its own file, or else from the model's config."""
+    """As `from_pretrained` makes it: from its own file, or else from the model's config.
+
+    Raises:
+        CheckpointError: the file says what transformers does not take.
+    """
     from transformers import GenerationConfig
 
     make: Any = GenerationConfig
+    folder = checkpoint.folder
     try:
-        return make.from_pretrained(checkpoint.folder)
-    except OSError:
-        return make.from_pretrained(
-            checkpoint.folder, config_file_name="config.json", _from_model_config=True
-        )
+        try:
+            return make.from_pretrained(folder)
+        except OSError:
+            own = {"config_file_name": "config.json", "_from_model_config": True}
+            return make.from_pretrained(folder, **own)
+    except CONFIG_ERRORS as error:
+        raise CheckpointError(f"{folder}: no generation config can be made: {error}") from error
 
 
 def _give_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
