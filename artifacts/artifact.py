@@ -10,7 +10,7 @@ from torch import Tensor
 
 from artifacts.draft import DATA
 from artifacts.errors import DamagedArtifact, StoreError
-from artifacts.tensors import check_chunks, metadata_digest, read_array
+from artifacts.tensors import Chunk, check_chunks, metadata_digest, read_array, row_chunks
 
 
 @dataclass
@@ -21,6 +21,7 @@ class Artifact:
     manifest: dict[str, Any]
     _root: Any = field(default=None, repr=False)
     _checked: set[str] = field(default_factory=set, repr=False)
+    _opened: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @property
     def meta(self) -> dict[str, Any]:
@@ -54,6 +55,20 @@ class Artifact:
             return torch.empty(shape, dtype=getattr(torch, str(array.attrs["dtype"])))
         return read_array(array, folder, index)
 
+    def dtype(self, unit: str, name: str) -> torch.dtype:
+        """The dtype of an array's tensors."""
+        dtype: torch.dtype = getattr(torch, str(self._array(unit, name).attrs["dtype"]))
+        return dtype
+
+    def row_chunks(self, unit: str, name: str, index: int | None = None) -> list[Chunk]:
+        """Where an array's rows lie (of a stack: those of one tensor), each checked on reading.
+
+        Raises:
+            DamagedArtifact: the array's metadata is not what was written.
+        """
+        record = self.manifest["units"][unit]["arrays"][name]["chunks"]
+        return row_chunks(self._array(unit, name), self.path / DATA / unit / name, record, index)
+
     def shape(self, unit: str, name: str) -> tuple[int, ...]:
         """An array's shape."""
         return tuple(self._open(unit, name)[0].shape)
@@ -64,20 +79,29 @@ class Artifact:
 
     def _open(self, unit: str, name: str) -> tuple[Any, dict[str, Any]]:
         path = f"{unit}/{name}"
+        array = self._array(unit, name)
+        if path not in self._checked:
+            record = self.manifest["units"][unit]["arrays"][name]
+            check_chunks(self.path / DATA / path, record["chunks"])
+            self._checked.add(path)
+        return array, dict(array.attrs)
+
+    def _array(self, unit: str, name: str) -> Any:
+        """The array, its metadata checked; its chunks are not."""
+        path = f"{unit}/{name}"
+        if path in self._opened:
+            return self._opened[path]
+        folder = self.path / DATA / path
         try:
             record = self.manifest["units"][unit]["arrays"][name]
         except KeyError:
             raise StoreError(f"{self.path}: holds no array {path}") from None
-        if path not in self._checked:
-            folder = self.path / DATA / path
-            if metadata_digest(folder) != record["metadata"]:
-                raise DamagedArtifact(folder, "its metadata is not what was written")
-            check_chunks(folder, record["chunks"])
-            self._checked.add(path)
+        if metadata_digest(folder) != record["metadata"]:
+            raise DamagedArtifact(folder, "its metadata is not what was written")
         try:
             if self._root is None:
                 self._root = zarr.open_group(self.path / DATA, mode="r")
-            array = self._root[path]
+            self._opened[path] = self._root[path]
         except (KeyError, ValueError, FileNotFoundError) as error:
-            raise DamagedArtifact(self.path / DATA / path, "its metadata is unreadable") from error
-        return array, dict(array.attrs)
+            raise DamagedArtifact(folder, "its metadata is unreadable") from error
+        return self._opened[path]

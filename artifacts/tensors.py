@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import numpy as np
 import torch
 import zarr
@@ -166,3 +167,74 @@ def read_array(array: "zarr.Array[Any]", folder: Path, index: Any) -> Tensor:
     dtype = getattr(torch, str(array.attrs["dtype"]))
     tensor = torch.from_numpy(data)
     return tensor.view(dtype) if tensor.dtype != dtype else tensor
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """One chunk of an array, as recorded: rows [first, last) of a tensor, in one file.
+
+    What `read_into` checks is what a read through Zarr checks: size, the recorded checksum,
+    and the content against it. It does without Zarr's per-chunk bookkeeping, and gives its
+    bytes into memory that the caller has.
+    """
+
+    file: Path
+    first: int
+    last: int
+    nbytes: int
+    crc: str
+
+    def read_into(self, out: memoryview) -> None:
+        """Fill `out`, which is as long as the chunk's data.
+
+        Raises:
+            DamagedArtifact: the file is missing, or is not what was written.
+        """
+        tail = bytearray(CRC_BYTES)
+        try:
+            with self.file.open("rb", buffering=0) as stream:
+                size = os.fstat(stream.fileno()).st_size
+                if size != self.nbytes + CRC_BYTES or len(out) != self.nbytes:
+                    raise DamagedArtifact(self.file, f"{size} bytes where more or fewer belong")
+                done = 0
+                while done < self.nbytes:
+                    # One call reads at most 2 GiB.
+                    got = os.preadv(stream.fileno(), [out[done : done + 2**30]], done)
+                    if got == 0:
+                        raise DamagedArtifact(self.file, "cut while it was read")
+                    done += got
+                os.preadv(stream.fileno(), [tail], self.nbytes)
+        except FileNotFoundError:
+            raise DamagedArtifact(self.file, "the chunk is missing") from None
+        # It takes no memoryview, but an array over one.
+        content: Any = np.frombuffer(out, dtype=np.uint8)
+        found = int(google_crc32c.value(content)).to_bytes(CRC_BYTES, "little").hex()
+        if not found == tail.hex() == self.crc:
+            raise DamagedArtifact(self.file, "its content does not fit its checksum")
+
+
+def row_chunks(
+    array: "zarr.Array[Any]", folder: Path, record: ChunkRecord, index: int | None
+) -> list[Chunk]:
+    """The chunks of an array in the order of its rows; of a stack, those of tensor `index`.
+
+    A scalar or an empty array has none that holds rows: it is one chunk of one row, or none.
+    """
+    lead = () if index is None else (index,)
+    shape, chunks = array.shape[len(lead) :], array.chunks[len(lead) :]
+    if array.size == 0:
+        return []
+    rows, step = (shape[0], chunks[0]) if shape else (1, 1)
+    found = []
+    for number, first in enumerate(range(0, rows, step)):
+        places = [*lead, number, *[0] * (len(shape) - 1)] if shape else list(lead)
+        name = "/".join(["c", *map(str, places)])
+        last = min(rows, first + step)
+        width = int(np.prod(shape[1:], dtype=np.int64)) * array.dtype.itemsize
+        size, crc = record[name]
+        # The last chunk is stored whole, filled up beyond the array's end.
+        nbytes = step * width
+        if size != nbytes + CRC_BYTES:
+            raise DamagedArtifact(folder / name, f"recorded with {size} bytes")
+        found.append(Chunk(folder / name, first, last, nbytes, crc))
+    return found

@@ -5,8 +5,8 @@ weights themselves lie in the output folder.
 """
 
 import json
-import math
 from collections import defaultdict
+from collections.abc import Callable, Mapping
 from dataclasses import astuple, dataclass, fields
 from importlib import metadata
 from pathlib import Path
@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 import yaml
-from torch import Tensor
 
 from artifacts.memo import DigestMemo
 from artifacts.ref import Ref, digest_of
@@ -23,13 +22,12 @@ from artifacts.store import Artifact, Built, Draft, Unit, write_atomically
 from crane_tasks.card import Facts, model_card, published_name
 from crane_tasks.check import load_tokenizer
 from crane_tasks.context import Context
-from crane_tasks.edit import Edited, Editor, row_factors
+from crane_tasks.delta import read_statistics
+from crane_tasks.edit import Editor, row_factors
 from crane_tasks.errors import RecipeError
-from crane_tasks.gradients import SETS, open_gradients, read_gradient
 from crane_tasks.models.checkpoint import CARD, Checkpoint
-from crane_tasks.models.layout import Slot
-from crane_tasks.models.safetensors_io import DTYPES, Entry, ShardWriter, read_rows
-from crane_tasks.numerics.merge import EditSums, edit_sums
+from crane_tasks.models.safetensors_io import ShardWriter
+from crane_tasks.numerics.merge import EditSums
 from crane_tasks.output import (
     PROVENANCE,
     RECIPE_COPY,
@@ -41,18 +39,15 @@ from crane_tasks.output import (
     shard_plan,
     write_index,
 )
+from crane_tasks.pipeline import Pipeline, parts_of_entry
 from crane_tasks.scores import read_scores
 from crane_tasks.tables import read_table, write_table
 from crane_tasks.threshold import PLAIN
 
 STAGE = "apply"
-VERSION = 1
+VERSION = 2
 COLUMNS = [f.name for f in fields(EditSums)]
-SCHEMA = Schema(
-    arrays={"tensors": ("float64",), "predicted": ("float64",)}, meta=("file", "size", "digest")
-)
-# Bytes of float32 into which a carried tensor is cut while it is copied.
-COPY_BYTES = 64 * 2**20
+SCHEMA = Schema(arrays={"tensors": ("float64",)}, meta=("file", "size", "digest"))
 
 
 @dataclass(frozen=True)
@@ -125,25 +120,20 @@ def check_rows(ctx: Context) -> None:
         row_factors(getattr(ctx.recipe.merge, name), len(tokenizer), tokenizer, f"merge.{name}")
 
 
-def build_apply(
-    ctx: Context, ref: Ref, inputs: Inputs, gradients: Ref, *, force: bool = False
-) -> Built:
-    """Make or find the merged checkpoint. Reused only if the output folder still holds it.
-
-    `gradients` that were kept predict the change of loss; they decide nothing.
-    """
+def build_apply(ctx: Context, ref: Ref, inputs: Inputs, *, force: bool = False) -> Built:
+    """Make or find the merged checkpoint. Reused only if the output folder still holds it."""
     check_destination(ctx, ref, force=force)
     plan = shard_plan(ctx.pair().base, ctx.recipe.run.shard_size)
 
     def write(draft: Draft) -> None:
-        write_apply(ctx, ref, inputs, gradients, draft, force=force)
+        write_apply(ctx, ref, inputs, draft, force=force)
 
     # The record alone is not enough: the output may be elsewhere, moved or deleted.
     return ctx.store.build(ref, SCHEMA, write, complete=lambda: holds(ctx.output, ref.key, plan))
 
 
 def write_apply(
-    ctx: Context, ref: Ref, inputs: Inputs, gradients: Ref, draft: Draft, *, force: bool = False
+    ctx: Context, ref: Ref, inputs: Inputs, draft: Draft, *, force: bool = False
 ) -> None:
     """Unit of work: an output shard. The folder appears when all of it is written."""
     base = ctx.pair().base
@@ -155,7 +145,7 @@ def write_apply(
     if not published:
         folder.mkdir(parents=True, exist_ok=True)
         draft.belongs(folder)
-        _write_shards(ctx, inputs, gradients, units, folder, draft)
+        _write_shards(ctx, inputs, units, folder, draft)
     written = [draft.units[name]["meta"] for name in units]
     files = {m["file"]: {"size": m["size"], "digest": m["digest"]} for m in written}
     draft.meta |= {"files": files, "carried": base.carried, "units": list(units)}
@@ -170,23 +160,27 @@ def write_apply(
 
 
 def _write_shards(
-    ctx: Context,
-    inputs: Inputs,
-    gradients: Ref,
-    units: dict[str, Shard],
-    folder: Path,
-    draft: Draft,
+    ctx: Context, inputs: Inputs, units: dict[str, Shard], folder: Path, draft: Draft
 ) -> None:
     """Every shard that an earlier attempt has not left in the folder."""
     editor = make_editor(ctx, inputs)
-    kept = open_gradients(ctx.store, gradients)
-    for number, (name, shard) in enumerate(units.items(), start=1):
+    total = sum(e.nbytes for shard in units.values() for e in shard.entries)
+    written = 0
+
+    def show(count: int) -> None:
+        nonlocal written
+        written += count
+        ctx.progress(STAGE, written >> 20, total >> 20, f"MB of {len(units)} shards")
+
+    pipeline = Pipeline(editor)
+    for name, shard in units.items():
         target = folder / shard.file
-        if not (draft.done(name) and target.exists()):
-            with draft.unit(name) as unit:
-                unit.meta["file"] = shard.file
-                unit.meta |= _write_shard(editor, kept, shard, target, unit)
-        ctx.progress(STAGE, number, len(units), "shards")
+        if draft.done(name) and target.exists():
+            show(sum(e.nbytes for e in shard.entries))
+            continue
+        with draft.unit(name) as unit:
+            unit.meta["file"] = shard.file
+            unit.meta |= _write_shard(editor, pipeline, shard, target, unit, show)
 
 
 def shard_units(plan: list[Shard]) -> dict[str, Shard]:
@@ -225,81 +219,57 @@ def make_editor(ctx: Context, inputs: Inputs) -> Editor:
         projector=ctx.store.open(inputs.projector),
         row_factors=factors,
         device=ctx.torch_device,
+        carried=frozenset(base.carried),
     )
 
 
 def _write_shard(
-    editor: Editor, gradients: Artifact | None, shard: Shard, target: Path, unit: Unit
+    editor: Editor,
+    pipeline: Pipeline,
+    shard: Shard,
+    target: Path,
+    unit: Unit,
+    show: Callable[[int], None],
 ) -> dict[str, Any]:
     """Write one file front to back; returns its size and digest."""
-    base = editor.base
-    carried = set(base.carried)
     part = target.with_name(target.name + ".part")
-    rows: list[tuple[str, str, tuple[float, ...]]] = []
-    predicted: list[tuple[str, str, tuple[float, ...]]] = []
     announced = [(e.name, e.dtype, e.shape) for e in shard.entries]
+    sums: dict[tuple[str, int], list[float]] = {}
+    parts = (p for entry in shard.entries for p in parts_of_entry(editor, entry))
     with ShardWriter(part, announced, shard.metadata) as writer:
-        for entry in shard.entries:
-            if entry.name in carried:
-                _copy(entry, writer)
-                continue
-            for slot_name, expert in base.stored_parts(entry):
-                slot = base.slots[slot_name]
-                sums, change = EditSums(), [0.0, 0.0]
-                for edited in editor.parts(slot, expert):
-                    require_finite(edited.stored, slot.tensor_name(expert), editor.recipe.alpha)
-                    writer.write(edited.stored)
-                    sums += edit_sums(edited.base, edited.intended, edited.stored, edited.delta)
-                    change = _predicted(gradients, slot, expert, edited, change)
-                name = slot.tensor_name(expert)
-                rows.append((name, slot.component, astuple(sums)))
-                predicted.append((name, slot.component, tuple(change)))
+        for merged in pipeline.run(parts):
+            writer.write(merged.data)
+            for piece, row in zip(merged.window.parts, merged.sums, strict=True):
+                if piece.slot is not None:
+                    key = piece.slot.name, piece.expert
+                    sums[key] = [a + b for a, b in zip(sums.get(key, [0.0] * 4), row, strict=True)]
+            show(merged.window.nbytes)
         digest = writer.close()
     part.replace(target)
-    write_table(unit, "tensors", COLUMNS, rows)
-    write_table(unit, "predicted", list(SETS), predicted)
+    write_table(unit, "tensors", COLUMNS, _rows(editor, sums))
     return {"size": writer.size, "digest": digest}
 
 
-def require_finite(stored: Tensor, name: str, alpha: float) -> None:
-    """Refuse a merged tensor that its dtype cannot hold.
-
-    Raises:
-        RecipeError: with the tensor's name.
-    """
-    if not torch.isfinite(stored).all():
-        raise RecipeError(
-            f"alpha {alpha:g} is too large: the merged {name} is beyond what "
-            f"{str(stored.dtype).removeprefix('torch.')} can hold"
+def _rows(
+    editor: Editor, sums: Mapping[tuple[str, int], list[float]]
+) -> list[tuple[str, str, tuple[float, ...]]]:
+    """A row of `EditSums` per tensor; what is known of delta and base is read, not summed."""
+    names = {name for name, _ in sums}
+    known = {n: read_statistics(editor.delta, editor.base.slots[n]) for n in names}
+    rows = []
+    for (name, expert), (intended2, realised2, dot, changed) in sums.items():
+        slot, given = editor.base.slots[name], known[name][expert]
+        found = EditSums(
+            intended2=intended2,
+            realised2=realised2,
+            dot=dot,
+            delta2=given["delta2"],
+            base2=given["base2"],
+            changed=changed,
+            numel=given["numel"],
         )
-
-
-def _copy(entry: Entry, writer: ShardWriter) -> None:
-    total = entry.nbytes // DTYPES[entry.dtype].itemsize
-    step = COPY_BYTES // 4
-    for first in range(0, total, step):
-        last = min(total, first + step)
-        writer.write(read_rows(entry, first, last, (last - first,)))
-
-
-def _predicted(
-    gradients: Artifact | None, slot: Slot, expert: int, edited: Edited, change: list[float]
-) -> list[float]:
-    """Add Σ g · (realised edit) for both sets; NaN where no gradient was stored.
-
-    Embedding and lm_head are not gated: no gradient is taken, and they add nothing here.
-    """
-    if slot.component in PLAIN:
-        return change
-    if gradients is None:
-        return [math.nan] * len(SETS)
-    realised = edited.stored.float() - edited.base.float()
-    found: list[float] = []
-    for name, before in zip(SETS, change, strict=True):
-        gradient = read_gradient(gradients, name, slot, expert if slot.stacked else None)
-        wide = gradient.to(realised.device).float()
-        found.append(before + float((wide * realised).sum(dtype=torch.float64)))
-    return found
+        rows.append((slot.tensor_name(expert), slot.component, astuple(found)))
+    return rows
 
 
 def _finish_folder(
@@ -352,23 +322,10 @@ def _facts(ctx: Context, base: Checkpoint) -> Facts:
     )
 
 
-@dataclass(frozen=True)
-class EditReport:
-    """What became of the edit: per component its sums, and the predicted loss changes."""
-
-    components: dict[str, EditSums]
-    predicted: dict[str, float]
-
-
-def read_edit(artifact: Artifact) -> EditReport:
-    """Aggregate an apply artifact over its shards."""
+def read_edit(artifact: Artifact) -> dict[str, EditSums]:
+    """What became of the edit: per component its sums, over all shards."""
     components: dict[str, EditSums] = defaultdict(EditSums)
-    predicted = dict.fromkeys(SETS, 0.0)
     for unit in artifact.meta["units"]:
         for _, component, sums in read_table(artifact, unit, "tensors").rows(EditSums):
             components[component] = components[component] + sums
-        table = read_table(artifact, unit, "predicted")
-        for row in table.values:
-            for name, value in zip(table.columns, row, strict=True):
-                predicted[name] += value
-    return EditReport(dict(components), predicted)
+    return dict(components)

@@ -4,7 +4,9 @@ Stored is the difference of the bit patterns modulo 2^16 (2^32 for float32), fro
 and delta give back the donor bit by bit. The bf16 difference would not: it rounds.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,18 +14,24 @@ from torch import Tensor
 from artifacts.ref import Ref
 from artifacts.schema import Schema
 from artifacts.store import Artifact, Built, Draft, Unit
+from artifacts.tensors import ArrayWriter
+from crane_tasks.ahead import in_order
 from crane_tasks.check import check_pair
 from crane_tasks.context import Context
 from crane_tasks.errors import CheckpointError
 from crane_tasks.models.checkpoint import Pair, listed
 from crane_tasks.models.layout import Slot, unit_name
+from crane_tasks.models.safetensors_io import byte_view
 
 STAGE = "delta"
-VERSION = 1
+VERSION = 2
 COLUMNS = ["delta2", "base2", "donor2", "max_abs", "numel"]
 SCHEMA = Schema(
     arrays={r".+\.stats": ("float64",), r".+": ("uint16", "uint32", "float32")}, meta=("layer",)
 )
+# Bytes of base tensors that are worked on at a time; a few times that is in memory.
+IN_FLIGHT = 128 * 2**20
+BLOCK = 2**18  # weights whose passes stay in a core's cache
 _SIGNED = {2: torch.int16, 4: torch.int32}
 _UNSIGNED = {2: torch.uint16, 4: torch.uint32}
 
@@ -52,18 +60,9 @@ def write_delta(ctx: Context, draft: Draft) -> None:
         if not draft.done(name):
             with draft.unit(name) as unit:
                 unit.meta["layer"] = layer
-                bad = [b for slot in slots for b in _write_slot(unit, pair, slot)]
-                if bad:
+                if bad := _write_slots(unit, pair, slots):
                     rest = [s for _, later in groups[number + 1 :] for s in later]
-                    _refuse(
-                        bad
-                        + [
-                            b
-                            for slot in rest
-                            for t in _tensors(pair, slot)
-                            for b in _not_finite(pair, slot, *t)
-                        ]
-                    )
+                    _refuse(bad + [b for found in _differences(pair, rest) for b in found.bad])
         ctx.progress(STAGE, number + 1, len(groups), "layers")
 
 
@@ -73,9 +72,35 @@ def _refuse(bad: list[str]) -> None:
     )
 
 
-def _tensors(pair: Pair, slot: Slot) -> Iterator[tuple[int, Tensor, Tensor]]:
-    for expert in range(len(pair.base.pieces[slot.name])):
-        yield expert, pair.base.read(slot.name, expert), pair.donor_tensor(slot.name, expert)
+@dataclass(frozen=True)
+class _Difference:
+    """One tensor's stored delta and its statistics, or why there is none."""
+
+    slot: Slot
+    expert: int
+    code: Tensor
+    statistics: list[float]
+    bad: list[str]
+
+
+def _differences(pair: Pair, slots: Iterable[Slot]) -> Iterator[_Difference]:
+    """Every tensor of the slots in order, read and compared by all cores."""
+
+    def difference(item: tuple[Slot, int]) -> _Difference:
+        slot, expert = item
+        base, donor = pair.base.read(slot.name, expert), pair.donor_tensor(slot.name, expert)
+        found = _statistics(base, donor)
+        # Large finite weights can overflow the squares: only then every weight is looked at.
+        bad = [] if all(map(math.isfinite, found)) else _not_finite(pair, slot, expert, base, donor)
+        code = torch.empty(0) if bad else encode(base, donor)
+        return _Difference(slot, expert, code, found, bad)
+
+    yield from in_order(
+        difference,
+        ((slot, e) for slot in slots for e in range(len(pair.base.pieces[slot.name]))),
+        nbytes=lambda item: pair.base.pieces[item[0].name][item[1]].span.count,
+        budget=IN_FLIGHT,
+    )
 
 
 def _not_finite(pair: Pair, slot: Slot, expert: int, base: Tensor, donor: Tensor) -> list[str]:
@@ -86,40 +111,43 @@ def _not_finite(pair: Pair, slot: Slot, expert: int, base: Tensor, donor: Tensor
     ]
 
 
-def _write_slot(unit: Unit, pair: Pair, slot: Slot) -> list[str]:
-    """Encode one slot; returns the names of tensors that are not finite."""
-    pieces = pair.base.pieces[slot.name]
-    writer = None
-    stats, bad = [], []
-    for expert, base, donor in _tensors(pair, slot):
-        if found := _not_finite(pair, slot, expert, base, donor):
-            bad += found
+def _write_slots(unit: Unit, pair: Pair, slots: Sequence[Slot]) -> list[str]:
+    """Encode the slots of a unit; returns the names of tensors that are not finite."""
+    writers: dict[str, ArrayWriter] = {}
+    statistics: dict[str, list[list[float]]] = {}
+    bad: list[str] = []
+    for found in _differences(pair, slots):
+        slot, code = found.slot, found.code
+        bad += found.bad
+        if bad:
             continue
-        code = encode(base, donor)
-        if writer is None:
-            shape = (len(pieces), *code.shape) if slot.stacked else tuple(code.shape)
+        if slot.name not in writers:
+            count = len(pair.base.pieces[slot.name])
+            shape = (count, *code.shape) if slot.stacked else tuple(code.shape)
             writer = unit.create(slot.array_name, shape, code.dtype, stacked=slot.stacked)
-        writer[expert if slot.stacked else ...] = code
-        stats.append(_statistics(base, donor))
-    if stats and not bad:
-        unit.write(
-            f"{slot.array_name}.stats",
-            torch.tensor(stats, dtype=torch.float64),
-            attributes={"columns": COLUMNS},
-        )
+            writers[slot.name] = writer
+        writers[slot.name][found.expert if slot.stacked else ...] = code
+        statistics.setdefault(slot.array_name, []).append(found.statistics)
+    if not bad:
+        for name, rows in statistics.items():
+            values = torch.tensor(rows, dtype=torch.float64)
+            unit.write(f"{name}.stats", values, attributes={"columns": COLUMNS})
     return bad
 
 
 def _statistics(base: Tensor, donor: Tensor) -> list[float]:
-    wide_base, wide_donor = base.double(), donor.double()
-    delta = (donor.float() - base.float()).double()
-    return [
-        float(delta.square().sum()),
-        float(wide_base.square().sum()),
-        float(wide_donor.square().sum()),
-        float(delta.abs().max()) if delta.numel() else 0.0,
-        float(delta.numel()),
-    ]
+    """`COLUMNS`; summed in float32 within blocks, and in float64 across them."""
+    sums = torch.zeros(3, dtype=torch.float64)
+    largest = 0.0
+    for ours, theirs in zip(
+        torch.split(base.flatten(), BLOCK), torch.split(donor.flatten(), BLOCK), strict=True
+    ):
+        ours, theirs = ours.float(), theirs.float()
+        delta = theirs - ours
+        sums += torch.stack([x.square().sum() for x in (delta, ours, theirs)])
+        low, high = delta.aminmax()
+        largest = max(largest, -float(low), float(high))
+    return [*sums.tolist(), largest, float(base.numel())]
 
 
 def encode(base: Tensor, donor: Tensor) -> Tensor:
@@ -133,19 +161,35 @@ def encode(base: Tensor, donor: Tensor) -> Tensor:
     return (donor.view(signed) - base.view(signed)).view(unsigned)
 
 
-def decode(base: Tensor, code: Tensor) -> Tensor:
-    """The float32 delta from a base tensor and its stored form."""
+def decode(base: Tensor, code: Tensor, *, wide: Tensor | None = None) -> Tensor:
+    """The float32 delta from a base tensor and its stored form, new memory.
+
+    `wide` is the base in float32, where the caller has it already.
+    """
     if code.dtype == torch.float32:
-        return code
+        return code.clone()
     signed = _SIGNED[base.element_size()]
     donor = (base.view(signed) + code.view(signed)).view(base.dtype)
-    return donor.float() - base.float()
+    return donor.float() - (base.float() if wide is None else wide)
 
 
 def read_delta(artifact: Artifact, slot: Slot, base: Tensor, expert: int = 0) -> Tensor:
     """The float32 delta of one tensor, rebuilt from the artifact and the base."""
-    index = expert if slot.stacked else ...
-    return decode(base, artifact.read(slot.unit, slot.array_name, index))
+    index = expert if slot.stacked else None
+    parts = []
+    for chunk in artifact.row_chunks(slot.unit, slot.array_name, index):
+        data = torch.empty(chunk.nbytes, dtype=torch.uint8)
+        chunk.read_into(byte_view(data))
+        parts.append(data)
+    code = torch.cat(parts) if len(parts) != 1 else parts[0]
+    code = code.view(artifact.dtype(slot.unit, slot.array_name))
+    return decode(base, code[: base.numel()].view(base.shape))
+
+
+def read_statistics(artifact: Artifact, slot: Slot) -> list[dict[str, float]]:
+    """What was measured of each tensor of a slot: `COLUMNS`, a mapping per expert."""
+    rows = artifact.read(slot.unit, f"{slot.array_name}.stats").tolist()
+    return [dict(zip(COLUMNS, row, strict=True)) for row in rows]
 
 
 def read_stacked_delta(artifact: Artifact, slot: Slot, base: Tensor, experts: slice) -> Tensor:

@@ -1,4 +1,4 @@
-"""The edit of one weight, from what the stages have stored (DESIGN 1).
+"""The edit of weights, from what the stages have stored (DESIGN 1).
 
     θ = θ_base + P_τ( α · S(c, l) · T(δ) )
 
@@ -6,8 +6,10 @@ except for the router under `router: slerp`, and for embedding and lm_head, whic
 plain fraction of δ row by row.
 """
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from threading import Lock
 from typing import Any
 
 import torch
@@ -19,7 +21,7 @@ from crane_tasks.delta import decode
 from crane_tasks.errors import CraneError, RecipeError
 from crane_tasks.models.checkpoint import Checkpoint
 from crane_tasks.models.layout import Site, Slot
-from crane_tasks.numerics.merge import round_stochastic, seed_of, slerp
+from crane_tasks.numerics.merge import round_stochastic, seed_of, slerp, stacked_edit_sums
 from crane_tasks.numerics.projector import project, protection
 from crane_tasks.numerics.threshold import keep_above
 from crane_tasks.projector import basis_site, read_basis
@@ -29,25 +31,26 @@ from crane_tasks.threshold import PLAIN, read_thresholds
 
 # The official script's rule for the router under slerp.
 SLERP_SHARE = 1.0 / 3.0
-# Rows of an embedding handled at a time: 152k rows of 2,048 in float32 would be 1.2 GB.
-ROW_BLOCK = 8192
-# Bases held at a time: those of two layers, as a shard may end within one.
+# Weights worked on at once: on a CPU few enough that all passes over them stay in its cache,
+# on a GPU enough to fill it. Where a CPU's blocks begin depends on the tensor's shape alone,
+# so the result does not depend on how it is stored or cut into files.
+BLOCK = {"cpu": 2**18, "cuda": 2**26}
+# Bases held at a time: those of two layers, as a window may end within one.
 KEPT_BASES = 16
 
 
 @dataclass(frozen=True)
 class Edited:
-    """A part of one tensor: base and result as stored, delta and intended edit in float32."""
+    """Merged tensors in the stored dtype [n, rows, ...], and for each of them intended2,
+    realised2, dot and changed of `EditSums`: float64 [n, 4]."""
 
-    base: Tensor
     stored: Tensor
-    delta: Tensor
-    intended: Tensor
+    sums: Tensor
 
 
 @dataclass
 class Editor:
-    """Computes merged tensors one at a time, from artifacts and the base."""
+    """Computes merged tensors from artifacts and the base; may be shared by threads."""
 
     recipe: Recipe
     base: Checkpoint
@@ -57,58 +60,87 @@ class Editor:
     projector: Artifact
     row_factors: Mapping[str, Tensor]  # component -> fraction of delta per row
     device: torch.device
+    carried: frozenset[str] = frozenset()  # stored names that are copied from the base
     _thresholds: dict[str, dict[str, float]] = field(default_factory=dict)
     _bases: dict[tuple[str, str], tuple[Tensor, Tensor] | None] = field(default_factory=dict)
+    _lock: Lock = field(default_factory=Lock)
 
-    def parts(self, slot: Slot, expert: int) -> Iterator[Edited]:
-        """The merged tensor of a slot: whole, or in blocks of rows in order."""
-        piece = self.base.pieces[slot.name][expert]
+    def untouched(self, slot: Slot, first: int, last: int) -> bool:
+        """Whether rows [first, last) stay the base's whatever the delta is."""
         if slot.component not in PLAIN:
-            index = expert if slot.stacked else ...
-            yield self._edited(slot, expert, piece.read(), index, first=0)
-            return
-        rows = piece.shape[0]
-        for first in range(0, rows, ROW_BLOCK):
-            last = min(rows, first + ROW_BLOCK)
-            yield self._edited(slot, 0, piece.read(first, last), slice(first, last), first=first)
+            return False
+        return not bool(self.row_factors[slot.component][first:last].any())
 
-    def _edited(self, slot: Slot, expert: int, base: Tensor, index: Any, first: int) -> Edited:
-        base = base.to(self.device)
-        code = self.delta.read(slot.unit, slot.array_name, index).to(self.device)
-        delta, weight = decode(base, code), base.float()
-        intended = self._intended(slot, expert, weight, delta, first)
-        # A stored head that is tied to the embedding is rounded as that is.
-        tied = slot.name == "lm_head.weight" and slot.component == "embedding"
-        name = "model.embed_tokens.weight" if tied else slot.tensor_name(expert)
-        offset = first * (base.numel() // max(1, base.shape[0])) if base.dim() else 0
-        rounded = self._rounded(weight + intended, base.dtype, name, offset)
-        # Without an edit the base's own bits: the sum would turn a minus zero into a zero.
-        return Edited(base, torch.where(intended == 0, base, rounded), delta, intended)
+    def routed(self, slot: Slot) -> bool:
+        """Whether every expert of the slot has a projector of its own."""
+        return slot.site is not None and slot.site.side == "routed"
 
-    def _intended(
-        self, slot: Slot, expert: int, weight: Tensor, delta: Tensor, first: int
+    def edit(
+        self, slot: Slot, experts: Sequence[int], first: int, base: Tensor, code: Tensor
+    ) -> Edited:
+        """Rows from `first` on of some tensors of a slot.
+
+        Args:
+            experts: which of them; [0] of a plain tensor. Several only if one projector
+                serves them all.
+            base: their rows of the base as stored, [n, rows, ...].
+            code: the same of the delta artifact.
+        """
+        base, code = base.to(self.device), code.to(self.device)
+        stored = torch.empty_like(base)
+        sums = torch.zeros(len(experts), 4, dtype=torch.float64, device=self.device)
+        rows = base.shape[1]
+        height = max(1, BLOCK[self.device.type] // max(1, base.numel() // max(1, rows)))
+        if self._slerped(slot):
+            height = max(1, rows)  # it needs the angle between the whole tensors
+        for begin in range(0, rows, height):
+            block = slice(begin, min(begin + height, rows))
+            mine = base[:, block]
+            weight = mine.float()
+            # What is taken away, for x - (+0) is x also where x is -0, which x + 0 is not:
+            # weights without an edit keep their bits, and no comparison has to find them.
+            taken = decode(mine, code[:, block], wide=weight).neg_()
+            taken = self._step(slot, experts, first + begin, weight, taken).add_(0.0)
+            merged = self._rounded(slot, experts, first + begin, weight - taken, base.dtype)
+            stored[:, block] = merged
+            sums += stacked_edit_sums(weight, taken.neg_(), merged)
+        return Edited(stored, sums)
+
+    def _slerped(self, slot: Slot) -> bool:
+        return slot.component == "router" and self.recipe.merge.router == "slerp"
+
+    def _step(
+        self, slot: Slot, experts: Sequence[int], first: int, weight: Tensor, delta: Tensor
     ) -> Tensor:
+        """The edit that belongs to a delta (of -δ: the negative edit), in float32."""
         if slot.component in PLAIN:
-            factors = self.row_factors[slot.component][first : first + delta.shape[0]]
+            factors = self.row_factors[slot.component][first : first + delta.shape[1]]
             return factors.to(self.device)[:, None] * delta
-        if slot.component == "router" and self.recipe.merge.router == "slerp":
-            share = self.recipe.alpha * SLERP_SHARE
-            return slerp(weight, weight + delta, share) - weight
-        step = keep_above(delta, self._threshold(slot, expert))
+        if self._slerped(slot):
+            return weight - slerp(weight, weight - delta, self.recipe.alpha * SLERP_SHARE)
+        step = keep_above(delta, self._threshold(slot, experts, delta))
         step *= self.recipe.alpha * self.scores.of(slot)
-        return self._projected(slot, expert, step)
+        return self._projected(slot, experts[0], step)
 
-    def _threshold(self, slot: Slot, expert: int) -> float:
-        if slot.unit not in self._thresholds:
-            self._thresholds[slot.unit] = read_thresholds(self.thresholds, slot.unit)
-        return self._thresholds[slot.unit][slot.tensor_name(expert)]
+    def _threshold(self, slot: Slot, experts: Sequence[int], like: Tensor) -> Tensor | float:
+        with self._lock:
+            if slot.unit not in self._thresholds:
+                self._thresholds[slot.unit] = read_thresholds(self.thresholds, slot.unit)
+        found = [self._thresholds[slot.unit][slot.tensor_name(e)] for e in experts]
+        if len(found) == 1:
+            return found[0]
+        return like.new_tensor(found).view(-1, *[1] * (like.dim() - 1))
 
     def _projected(self, slot: Slot, expert: int, step: Tensor) -> Tensor:
-        site = basis_site(self.projector, slot, step.shape[-1])
-        found = self._basis(slot, site, expert) if site else None
+        with self._lock:
+            site = basis_site(self.projector, slot, step.shape[-1])
+            found = self._basis(slot, site, expert) if site else None
         if site is None or found is None:
             return step
         directions, weight = found
+        if self.device.type == "cuda":  # not to be freed under another stream's hands
+            directions.record_stream(torch.cuda.current_stream())
+            weight.record_stream(torch.cuda.current_stream())
         if directions.shape[0] != step.shape[-1]:
             raise CraneError(
                 f"{slot.tensor_name(expert)} reads {step.shape[-1]} inputs, its projector at "
@@ -124,17 +156,29 @@ class Editor:
             found = read_basis(self.projector, slot, site, own)
             if found is not None:
                 weight = protection(found[1], self.recipe.tau).float()
-                found = found[0].to(self.device), weight.to(self.device)
+                found = found[0].contiguous().to(self.device), weight.to(self.device)
+                if self.device.type == "cuda":
+                    torch.cuda.current_stream().synchronize()  # other streams will read it
             while len(self._bases) > KEPT_BASES:
                 self._bases.pop(next(iter(self._bases)))
             self._bases[key] = found
         return self._bases[key]
 
-    def _rounded(self, value: Tensor, dtype: torch.dtype, name: str, offset: int) -> Tensor:
+    def _rounded(
+        self, slot: Slot, experts: Sequence[int], first: int, value: Tensor, dtype: torch.dtype
+    ) -> Tensor:
         merge = self.recipe.merge
-        if merge.rounding == "stochastic" and dtype == torch.bfloat16:
-            return round_stochastic(value, seed=seed_of(merge.seed, name), offset=offset)
-        return value.to(dtype)
+        if merge.rounding != "stochastic" or dtype != torch.bfloat16:
+            return value.to(dtype)
+        # A stored head that is tied to the embedding is rounded as that is.
+        tied = slot.name == "lm_head.weight" and slot.component == "embedding"
+        offset = first * math.prod(value.shape[2:])
+        names = ["model.embed_tokens.weight" if tied else slot.tensor_name(e) for e in experts]
+        seeds = [seed_of(merge.seed, name) for name in names]
+        rounded = [
+            round_stochastic(v, seed=s, offset=offset) for v, s in zip(value, seeds, strict=True)
+        ]
+        return torch.stack(rounded)
 
 
 def row_factors(rows: Rows, count: int, tokenizer: Any, where: str) -> Tensor:

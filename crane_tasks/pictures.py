@@ -10,8 +10,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from artifacts.store import Artifact
-from crane_tasks.apply import EditReport
 from crane_tasks.choice import Choice, Metrics, Point, Requirement
+from crane_tasks.numerics.merge import EditSums
 from crane_tasks.numerics.projector import STEEPNESS
 from crane_tasks.scores import Scores
 
@@ -119,10 +119,10 @@ def spectrum(projector: Artifact, tau: float) -> bytes:
     return _png(figure)
 
 
-def edit_bars(edit: EditReport) -> bytes:
+def edit_bars(edit: dict[str, EditSums]) -> bytes:
     """Per edited component: size of delta and edit relative to the base, and what survived."""
-    components = [c for c, s in edit.components.items() if s.base2 > 0 and s.intended2 > 0]
-    sums = [edit.components[c] for c in components]
+    components = [c for c, s in edit.items() if s.base2 > 0 and s.intended2 > 0]
+    sums = [edit[c] for c in components]
     figure = Figure(figsize=(9.5, 3.4))
     left, right = figure.subplots(1, 2)
     at = np.arange(len(components))
@@ -150,7 +150,7 @@ def edit_bars(edit: EditReport) -> bytes:
 
 
 def draw_all(
-    scores: Scores, edit: EditReport, projector: Artifact, tau: float
+    scores: Scores, edit: dict[str, EditSums], projector: Artifact, tau: float
 ) -> dict[str, tuple[str, bytes]]:
     """All pictures: file stem -> (title, PNG)."""
     return {

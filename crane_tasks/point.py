@@ -10,13 +10,12 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 
-import torch
 from torch import Tensor
 
 from artifacts.memo import DigestMemo
 from artifacts.ref import Ref
 from artifacts.store import Built, Draft
-from crane_tasks.apply import Inputs, make_editor, require_finite
+from crane_tasks.apply import Inputs, make_editor
 from crane_tasks.context import Context
 from crane_tasks.edit import Editor
 from crane_tasks.errors import RecipeError
@@ -33,24 +32,27 @@ from crane_tasks.evaluate import (
 )
 from crane_tasks.models.checkpoint import Checkpoint
 from crane_tasks.models.stream import LayerStream
+from crane_tasks.pipeline import Pipeline, parts_of
 
 # The base of the sweep that this process works on, by what it was loaded as: one at most.
 _loaded: dict[tuple[str, ...], LayerStream] = {}
 _busy = threading.RLock()  # its weights are one point's at a time
 
 
-def merged_tensors(editor: Editor, name: str) -> Iterator[Tensor]:
-    """The merged tensors of a slot in the base's dtype, one per expert (one of a plain slot).
+def merged_rows(editor: Editor, pipeline: Pipeline, name: str) -> Iterator[tuple[int, int, Tensor]]:
+    """The merged tensors of a slot in the base's dtype, in pieces: (expert, first row, rows).
+
+    A piece is overwritten once the next one was asked for.
 
     Raises:
         RecipeError: alpha is so large that the dtype cannot hold the result.
     """
     slot = editor.base.slots[name]
-    for expert in range(len(editor.base.pieces[name])):
-        parts = [part.stored for part in editor.parts(slot, expert)]
-        merged = parts[0] if len(parts) == 1 else torch.cat(parts)
-        require_finite(merged, slot.tensor_name(expert), editor.recipe.alpha)
-        yield merged
+    experts = range(len(editor.base.pieces[name]))
+    parts = (part for expert in experts for part in parts_of(editor, slot, expert))
+    for window in pipeline.run(parts):
+        for part, rows in window.tensors():
+            yield part.expert, part.first, rows
 
 
 def build_point(ctx: Context, ref: Ref, apply: Ref, inputs: Inputs, sets: EvaluationSets) -> Built:
@@ -84,7 +86,8 @@ def _write_point(
     measured(ctx, donor, sets)
     stream = _base(ctx)
     measured(ctx, replace(base, loaded=stream), sets)
-    edit = partial(merged_tensors, make_editor(ctx, inputs))
+    editor = make_editor(ctx, inputs)
+    edit = partial(merged_rows, editor, Pipeline(editor))
     try:
         with stream.edited(edit):
             merged = Model(apply.key, ctx.base, edit, stream)

@@ -13,8 +13,8 @@ import yaml
 from markdown_it import MarkdownIt
 
 from artifacts.store import Artifact
-from crane_tasks.apply import EditReport
 from crane_tasks.context import Context
+from crane_tasks.numerics.merge import EditSums
 from crane_tasks.pictures import draw_all
 from crane_tasks.scores import Scores
 
@@ -37,7 +37,7 @@ class Facts:
     ctx: Context
     stages: list[dict[str, Any]]
     scores: Scores
-    edit: EditReport
+    edit: dict[str, EditSums]
     evaluation: dict[str, Any]
     projector: Artifact
     carried: list[str]
@@ -77,7 +77,7 @@ def _gate_rows(evaluation: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
-def _edit_rows(edit: EditReport) -> list[list[str]]:
+def _edit_rows(edit: dict[str, EditSums]) -> list[list[str]]:
     return [
         [
             component,
@@ -87,7 +87,7 @@ def _edit_rows(edit: EditReport) -> list[list[str]]:
             f"{s.cosine:.3f}" if s.intended2 else "–",
             f"{s.changed / s.numel:.1%}" if s.numel else "–",
         ]
-        for component, s in edit.components.items()
+        for component, s in edit.items()
     ]
 
 

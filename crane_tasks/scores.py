@@ -193,7 +193,7 @@ def _write_unit(
     found: list[Tensor] = []
     names: list[tuple[str, str]] = []
     for slot in slots:
-        for experts in _portions(base, slot):
+        for experts in portions(base, slot):
             weight = base.read_stack(slot.name, experts).to(device)
             step = read_stacked_delta(delta, slot, weight, experts)
             grads = [gradient(k, slot, experts if slot.stacked else None) for k in SETS]
@@ -210,7 +210,7 @@ def _write_unit(
             unit.write(f"{key}.losses", values)
 
 
-def _portions(base: Checkpoint, slot: Slot) -> Iterator[slice]:
+def portions(base: Checkpoint, slot: Slot) -> Iterator[slice]:
     """The experts of a slot in runs of about `AT_ONCE` weights (of a plain tensor, the one)."""
     pieces = base.pieces[slot.name]
     step = max(1, AT_ONCE // max(1, math.prod(pieces[0].shape)))

@@ -3,17 +3,20 @@
 import math
 from collections.abc import Iterable
 
+import torch
+
 from artifacts.ref import Ref
 from artifacts.schema import Schema
 from artifacts.store import Artifact, Built, Draft
+from crane_tasks.ahead import in_order
 from crane_tasks.context import Context
-from crane_tasks.delta import read_delta
+from crane_tasks.delta import BLOCK, IN_FLIGHT, read_delta
 from crane_tasks.models.layout import Slot, unit_name
 from crane_tasks.numerics.threshold import keep_above, median_magnitude
 from crane_tasks.tables import read_table, write_table
 
 STAGE = "threshold"
-VERSION = 1
+VERSION = 2
 COLUMNS = ["threshold", "kept", "numel", "norm", "delta_norm"]
 SCHEMA = Schema(arrays={"tensors": ("float64",)})
 # Moved by a plain fraction of the delta, so they have no threshold (DESIGN 1).
@@ -40,34 +43,44 @@ def build_threshold(ctx: Context, ref: Ref, delta: Ref) -> Built:
 
 
 def write_threshold(ctx: Context, delta: Artifact, draft: Draft) -> None:
-    """Unit of work: a decoder layer. One tensor in memory at a time."""
+    """Unit of work: a decoder layer. A few tensors in memory at a time."""
     base = ctx.pair().base
     groups = list(base.layers())
     for number, (layer, slots) in enumerate(groups):
         name = unit_name(layer)
         if not draft.done(name):
-            rows = [row for slot in gated(slots) for row in _rows(ctx, delta, slot)]
+            rows = _rows(ctx, delta, gated(slots))
             with draft.unit(name) as unit:
                 write_table(unit, "tensors", COLUMNS, rows)
         ctx.progress(STAGE, number + 1, len(groups), "layers")
 
 
-def _rows(ctx: Context, delta: Artifact, slot: Slot) -> list[tuple[str, str, list[float]]]:
+def _rows(
+    ctx: Context, delta: Artifact, slots: Iterable[Slot]
+) -> list[tuple[str, str, list[float]]]:
     base = ctx.pair().base
-    rows = []
-    for expert in range(len(base.pieces[slot.name])):
+
+    def row(item: tuple[Slot, int]) -> tuple[str, str, list[float]]:
+        slot, expert = item
         found = read_delta(delta, slot, base.read(slot.name, expert), expert)
-        median = median_magnitude(found)
-        kept = keep_above(found, median)
-        values = [
-            float(median),
-            float((kept != 0).sum()),
-            float(found.numel()),
-            math.sqrt(float(kept.double().square().sum())),
-            math.sqrt(float(found.double().square().sum())),
-        ]
-        rows.append((slot.tensor_name(expert), slot.component, values))
-    return rows
+        median = float(median_magnitude(found))
+        kept, kept2, delta2 = 0, 0.0, 0.0
+        for block in torch.split(found.flatten(), BLOCK):
+            above = keep_above(block, median)
+            kept += int(above.count_nonzero())
+            kept2 += float(above.square().sum())
+            delta2 += float(block.square().sum())
+        values = [median, float(kept), float(found.numel()), math.sqrt(kept2), math.sqrt(delta2)]
+        return slot.tensor_name(expert), slot.component, values
+
+    return list(
+        in_order(
+            row,
+            ((slot, expert) for slot in slots for expert in range(len(base.pieces[slot.name]))),
+            nbytes=lambda item: base.pieces[item[0].name][item[1]].span.count,
+            budget=IN_FLIGHT,
+        )
+    )
 
 
 def read_thresholds(artifact: Artifact, unit: str) -> dict[str, float]:

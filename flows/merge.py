@@ -41,6 +41,12 @@ from crane_tasks.evaluate import (
     heldout_section,
     read_comparison,
 )
+from crane_tasks.forecast import (
+    build_forecast,
+    forecast_ref,
+    predicted_changes,
+    unknown_changes,
+)
 from crane_tasks.gradients import STAGE as GRADIENTS
 from crane_tasks.gradients import gradients_ref
 from crane_tasks.projector import build_projector, projector_ref
@@ -77,6 +83,7 @@ class Refs:
     gradients: Ref
     scores: Ref
     projector: Ref
+    forecast: Ref
     apply: Ref
     evaluate: Ref
     sets: EvaluationSets
@@ -104,10 +111,22 @@ def all_refs(ctx: Context) -> Refs:
     gradients = gradients_ref(ctx, calibration.reasoning, calibration.agent)
     scores = scores_ref(ctx, delta, calibration.reasoning, calibration.agent)
     projector = projector_ref(ctx, calibration.format)
+    forecast = forecast_ref(gradients, delta, threshold, projector)
     apply = apply_ref(ctx, Inputs(delta, threshold, scores, projector))
     sets = evaluation_sets(ctx, calibration.targets())
     evaluate = evaluate_ref(ctx, apply.key, sets)
-    return Refs(calibration, delta, threshold, gradients, scores, projector, apply, evaluate, sets)
+    return Refs(
+        calibration=calibration,
+        delta=delta,
+        threshold=threshold,
+        gradients=gradients,
+        scores=scores,
+        projector=projector,
+        forecast=forecast,
+        apply=apply,
+        evaluate=evaluate,
+        sets=sets,
+    )
 
 
 def check_cheap(ctx: Context, refs: Refs, *, force: bool) -> None:
@@ -227,14 +246,19 @@ def build_all(ctx: Context, refs: Refs, call: Call, *, force: bool) -> list[Buil
     r = refs
     built = [
         *build_inputs(ctx, refs, call),
-        call("apply", _build_apply, ctx, r.apply, r.inputs, r.gradients, force),
+        call("apply", _build_apply, ctx, refs, force),
         call("evaluate", build_evaluate, ctx, r.evaluate, r.sets),
     ]
     return sorted(built, key=lambda b: STAGES.index(b.ref.stage))
 
 
-def _build_apply(ctx: Context, ref: Ref, inputs: Inputs, gradients: Ref, force: bool) -> Built:
-    return build_apply(ctx, ref, inputs, gradients, force=force)
+def _build_apply(ctx: Context, refs: Refs, force: bool) -> Built:
+    """The checkpoint; and once per pair and sets, what any edit of it should do to the loss."""
+    built = build_apply(ctx, refs.apply, refs.inputs, force=force)
+    if ctx.store.has(refs.gradients):
+        r = refs
+        build_forecast(ctx, r.forecast, r.gradients, r.delta, r.threshold, r.projector)
+    return built
 
 
 def healing(store: Store, work: Callable[[], T], notice: Callable[[str], None]) -> T:
@@ -286,10 +310,10 @@ def _collect(merged: Merged) -> Merged:
     edit = read_edit(ctx.store.open(refs.apply))
     merged.edit = {
         component: {"survived": sums.survived, "cosine": sums.cosine}
-        for component, sums in edit.components.items()
+        for component, sums in edit.items()
     }
     compared = read_comparison(ctx.store.open(refs.evaluate))
-    merged.evaluation = compared | {"gate": gate_check(compared, edit.predicted)}
+    merged.evaluation = compared | {"gate": gate_check(compared, _predicted(ctx, refs))}
     facts = Facts(
         ctx=ctx,
         stages=[stage_json(b) for b in merged.stages],
@@ -302,6 +326,15 @@ def _collect(merged: Merged) -> Merged:
     )
     merged.report = write_report(facts, report_folder(ctx.output))
     return merged
+
+
+def _predicted(ctx: Context, refs: Refs) -> dict[str, float]:
+    """The first-order change of both sets' loss, NaN if no gradients were kept."""
+    store = ctx.store
+    if not store.has(refs.forecast):
+        return unknown_changes()
+    forecast, gains, projector = map(store.open, (refs.forecast, refs.scores, refs.projector))
+    return predicted_changes(ctx.recipe, forecast, _scores(ctx, refs), gains, projector)
 
 
 def report_folder(output: Path) -> Path:

@@ -9,6 +9,7 @@ import json
 import os
 import struct
 from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -35,6 +36,8 @@ DTYPES = {
 MERGEABLE = ("F32", "F16", "BF16")
 # What the safetensors library accepts; a longer header is not one.
 MAX_HEADER = 100_000_000
+# A file is brought to disk whenever so much of it was written, behind the writing.
+FLUSH_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True)
@@ -204,13 +207,28 @@ class ShardWriter:
         self._digest = blake3()
         self._durable = durable
         self.size = 0
-        self._stream = file.open("wb")
+        self._stream = file.open("wb", buffering=0)
+        self._aside = ThreadPoolExecutor(2, thread_name_prefix="behind")
+        self._flushing: Future[None] | None = None
+        self._flushed = 0
         self._put(head)
 
     def _put(self, data: bytes | memoryview) -> None:
-        self._stream.write(data)
-        self._digest.update(data)
+        # Both only read the bytes, and both leave Python to other threads meanwhile.
+        hashed = self._aside.submit(self._digest.update, data)
+        view = memoryview(data)
+        while view:
+            view = view[self._stream.write(view) :]
+        hashed.result()
         self.size += len(data)
+        self._flush_behind()
+
+    def _flush_behind(self) -> None:
+        """Begin to bring to disk what was written, so that `close` need not wait for all."""
+        busy = self._flushing is not None and not self._flushing.done()
+        if self._durable and not busy and self.size - self._flushed >= FLUSH_BYTES:
+            self._flushed = self.size
+            self._flushing = self._aside.submit(os.fdatasync, self._stream.fileno())
 
     def write(self, tensor: Tensor) -> None:
         """Append the tensor's bytes."""
@@ -220,10 +238,11 @@ class ShardWriter:
         """Flush and return the file's blake3; the size must be the announced one."""
         if self.size != self._expected:
             raise RuntimeError(f"{self.file}: wrote {self.size} of {self._expected} bytes")
-        self._stream.flush()
+        if self._flushing is not None:
+            self._flushing.result()
         if self._durable:
             os.fsync(self._stream.fileno())
-        self._stream.close()
+        self._end()
         return self._digest.hexdigest()
 
     def __enter__(self) -> "ShardWriter":
@@ -235,4 +254,8 @@ class ShardWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._end()
+
+    def _end(self) -> None:
+        self._aside.shutdown()  # a flush under way needs the file open
         self._stream.close()

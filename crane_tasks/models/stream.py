@@ -50,8 +50,8 @@ TOKENS = {"cpu": 1024, "streamed": 4096, "resident": 16384}
 # Lists of hidden states that are on a device at once where the rest is in host memory.
 IN_USE = 6
 
-# The edited tensors of a slot as they would be stored, one per expert (one of a plain slot).
-Edit = Callable[[str], Iterable[Tensor]]
+# The edited tensors of a slot as they would be stored, in pieces: (expert, first row, rows).
+Edit = Callable[[str], Iterable[tuple[int, int, Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -513,9 +513,11 @@ class LayerStream:
             for slot in filter(self.checkpoint.slots.get, self.checkpoint.slots_of(name)):
                 stacked = self.checkpoint.slots[slot].stacked
                 rows = self.checkpoint.pieces[slot][0].shape[0] if stacked else 0
-                for expert, merged in enumerate(self._edit(slot)):
+                for expert, begin, merged in self._edit(slot):
                     place = tensor[expert, first : first + rows] if stacked else tensor
-                    place.copy_(merged)
+                    if place.dim():
+                        place = place[begin : begin + merged.shape[0]]
+                    place.copy_(merged.view(place.shape))
                 first += rows
 
     def _restore(self) -> None:

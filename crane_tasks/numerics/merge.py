@@ -98,24 +98,41 @@ class EditSums:
         return self.dot / norms if norms > 0 else 0.0
 
 
+def stacked_edit_sums(
+    base: Float[Tensor, "n ..."],
+    intended: Float[Tensor, "n ..."],
+    stored: Float[Tensor, "n ..."],
+) -> Float[Tensor, "n 4"]:
+    """intended2, realised2, dot and changed of n tensors (or blocks of them), a row each.
+
+    `intended` is the edit in float32, `stored` the rounded result. Products in float32,
+    added up in it within a row and returned in float64; on the inputs' device.
+    """
+    count = base.shape[0]
+    wanted = intended.reshape(count, -1)
+    realised = (stored.float() - base.float()).reshape(count, -1)
+    columns = [
+        wanted.square().sum(1),
+        realised.square().sum(1),
+        (wanted * realised).sum(1),
+        realised.count_nonzero(dim=1),
+    ]
+    return torch.stack([c.double() for c in columns], dim=1)
+
+
 def edit_sums(
     base: Float[Tensor, "*shape"],
     intended: Float[Tensor, "*shape"],
     stored: Float[Tensor, "*shape"],
     delta: Float[Tensor, "*shape"],
 ) -> EditSums:
-    """The sums for one tensor: `intended` edit in float32, `stored` the rounded result."""
-    realised = stored.float() - base.float()
+    """All sums of one tensor."""
+    found = stacked_edit_sums(base[None], intended[None], stored[None])[0].tolist()
 
-    def total(x: Tensor) -> float:
-        return float(x.sum(dtype=torch.float64))
+    def square(x: Tensor) -> float:
+        return float(x.float().square().sum(dtype=torch.float64))
 
+    intended2, realised2, dot, changed = found
     return EditSums(
-        intended2=total(intended.square()),
-        realised2=total(realised.square()),
-        dot=total(intended * realised),
-        delta2=total(delta.square()),
-        base2=total(base.float().square()),
-        changed=float((realised != 0).sum()),
-        numel=float(base.numel()),
+        intended2, realised2, dot, square(delta), square(base), changed, float(base.numel())
     )

@@ -18,6 +18,7 @@ CPU = torch.device("cpu")
 PROMPTS = [[11, 12, 13, 14, 15, 16, 17, 18, 19], [200], [40, 41, 42], [9, 9, 300, 7, 9]]
 ITEMS = [Item(torch.arange(3, 3 + n) % 300, prompt, 0.5) for n, prompt in ((9, 4), (21, 5))]
 Pairs = Callable[[str], TinyPair]
+Pieces = Iterable[tuple[int, int, Tensor]]
 
 
 class Stopped(Exception):
@@ -38,8 +39,11 @@ def towards(donor: Path) -> Edit:
     """The edit whose result is the donor."""
     checkpoint = Checkpoint.open(donor)
 
-    def edit(slot: str) -> Iterable[Tensor]:
-        return (piece.read() for piece in checkpoint.pieces[slot])
+    def edit(slot: str) -> Pieces:
+        for expert, piece in enumerate(checkpoint.pieces[slot]):
+            half = piece.shape[0] // 2
+            yield expert, 0, piece.read(0, half)
+            yield expert, half, piece.read(half, piece.shape[0])
 
     return edit
 
@@ -125,7 +129,7 @@ def test_every_bit_is_back_after_an_edit_and_after_a_failure(
 
     calls: list[str] = []
 
-    def failing(slot: str) -> Iterable[Tensor]:
+    def failing(slot: str) -> Pieces:
         calls.append(slot)
         if len(calls) == 8:
             raise Stopped

@@ -1,6 +1,6 @@
 """On a CUDA device: the walk, the gate's scores and the edits agree with the CPU."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +187,10 @@ def test_an_edit_is_laid_over_on_the_device_and_taken_off_again(
     pair = pairs(architecture)
     donor = Checkpoint.open(pair.donor)
 
+    def edit(slot: str) -> Iterator[tuple[int, int, Tensor]]:
+        for expert, piece in enumerate(donor.pieces[slot]):
+            yield expert, 0, piece.read()
+
     def opened(folder: Path) -> LayerStream:
         return LayerStream(
             Checkpoint.open(folder), device=torch.device(CUDA), compute=torch.bfloat16,
@@ -204,7 +208,7 @@ def test_an_edit_is_laid_over_on_the_device_and_taken_off_again(
     own, wanted = losses(stream), losses(other)
     assert own != wanted
     for _ in range(2):
-        with stream.edited(lambda slot: (piece.read() for piece in donor.pieces[slot])):
+        with stream.edited(edit):
             assert losses(stream) == wanted
             if resident:
                 assert answers(stream) == answers(other)

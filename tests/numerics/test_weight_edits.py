@@ -246,4 +246,4 @@ def test_the_sums_of_blocks_add_up_to_those_of_the_whole() -> None:
     total = EditSums()
     for part in zip(*(x.split(77) for x in (base, edit, stored, delta)), strict=True):
         total = total + edit_sums(*part)
-    assert astuple(total) == pytest.approx(astuple(whole), rel=1e-12)
+    assert astuple(total) == pytest.approx(astuple(whole), rel=1e-6)  # float32 within a block

@@ -16,7 +16,8 @@ from crane_tasks.context import make_context
 from crane_tasks.evaluate import read_comparison
 from crane_tasks.models.checkpoint import Checkpoint
 from crane_tasks.models.stream import LayerStream
-from crane_tasks.point import build_point, merged_tensors
+from crane_tasks.pipeline import Pipeline
+from crane_tasks.point import build_point, merged_rows
 from flows.merge import all_refs, build_inputs, call_here
 from flows.sweep import Sweep, sweep
 
@@ -101,9 +102,15 @@ def test_the_tensors_laid_over_are_those_that_are_written(
     editor = make_editor(wanted.ctx, wanted.refs.inputs)
     written = load_tensors(tmp_path / "out")
     for name, slot in editor.base.slots.items():
-        for expert, tensor in enumerate(merged_tensors(editor, name)):
+        found: dict[int, list[torch.Tensor]] = {}
+        for expert, first, rows in merged_rows(editor, Pipeline(editor), name):
+            assert first == sum(len(r) for r in found.get(expert, []))
+            found.setdefault(expert, []).append(rows.clone())
+        for expert, pieces in found.items():
             stored = written[slot.tensor_name(expert)]
+            tensor = torch.cat(pieces)
             assert tensor.dtype == stored.dtype and torch.equal(tensor, stored)
+        assert list(found) == list(range(len(editor.base.pieces[name])))
 
 
 @pytest.mark.parametrize("architecture", ["qwen3", "qwen3_moe"])

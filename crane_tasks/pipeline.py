@@ -1,0 +1,314 @@
+"""Tensors through the editor: read ahead, compute, hand over in order, in bounded memory.
+
+A file is cut into windows of consecutive bytes. Several threads take a window each: they read
+its weights and its part of the stored delta, merge it, and leave the result where the weights
+were. The caller gets the windows in the order of the bytes and writes one while the next ones
+are made. What is in flight is bounded in bytes, whatever the model's and the files' size.
+"""
+
+import math
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from queue import SimpleQueue
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from artifacts.tensors import Chunk
+from crane_tasks.ahead import in_order
+from crane_tasks.edit import Editor
+from crane_tasks.errors import RecipeError
+from crane_tasks.models.layout import Slot
+from crane_tasks.models.safetensors_io import Entry, Span, byte_view, read_span
+
+# Bytes of a window. On a CPU small: many are in flight. On a GPU large enough that its
+# transfers and products run at full speed.
+WINDOW = {"cpu": 8 * 2**20, "cuda": 64 * 2**20}
+# Bytes of weights in flight, but for a single larger window; deltas come on top.
+IN_FLIGHT = {"cpu": 128 * 2**20, "cuda": 1024 * 2**20}
+# A GPU is fed by threads that read files: some of them wait for it, or for the disk.
+GPU_THREADS = 6
+ALIGN = 16  # bytes, for every delta in a window's buffer
+_OWN = threading.local()
+
+
+@dataclass(frozen=True)
+class Part:
+    """Consecutive bytes of a file: rows [first, last) of one tensor, or bytes to be copied.
+
+    Attributes:
+        span: where the base has them.
+        slot: None if they are copied.
+        chunk: where their delta is; None if they stay the base's.
+        shape: of the rows, [last - first, ...].
+    """
+
+    span: Span
+    slot: Slot | None = None
+    expert: int = 0
+    first: int = 0
+    shape: tuple[int, ...] = ()
+    dtype: torch.dtype = torch.uint8
+    chunk: Chunk | None = None
+    code: torch.dtype = torch.uint8
+
+    @property
+    def tensor_name(self) -> str:
+        return self.slot.tensor_name(self.expert) if self.slot else ""
+
+
+@dataclass(frozen=True)
+class Window:
+    """Parts that are read, merged and handed over together."""
+
+    parts: tuple[Part, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.span.count for part in self.parts)
+
+    @property
+    def code_bytes(self) -> int:
+        return sum(_padded(part.chunk.nbytes) for part in self.parts if part.chunk)
+
+
+@dataclass
+class MergedWindow:
+    """A window's merged bytes, and each part's intended2, realised2, dot and changed.
+
+    `data` is overwritten once the next window was asked for.
+    """
+
+    window: Window
+    data: Tensor
+    sums: list[list[float]]
+
+    def tensors(self) -> Iterator[tuple[Part, Tensor]]:
+        """Every part with its merged rows in the stored dtype, [rows, ...]."""
+        at = 0
+        for part in self.window.parts:
+            yield part, typed(self.data, at, part.shape, part.dtype)
+            at += part.span.count
+
+
+def parts_of(editor: Editor, slot: Slot, expert: int) -> Iterator[Part]:
+    """The parts of one canonical tensor: one per chunk of its delta, in order."""
+    piece = editor.base.pieces[slot.name][expert]
+    index = expert if slot.stacked else None
+    span = piece.span
+    rows, *rest = piece.shape or (1,)
+    row = span.count // max(1, rows)
+    code = editor.delta.dtype(slot.unit, slot.array_name)
+    for chunk in editor.delta.row_chunks(slot.unit, slot.array_name, index):
+        untouched = editor.untouched(slot, chunk.first, chunk.last)
+        yield Part(
+            Span(span.file, span.start + chunk.first * row, (chunk.last - chunk.first) * row),
+            slot,
+            expert,
+            chunk.first,
+            (chunk.last - chunk.first, *rest),
+            piece.dtype,
+            None if untouched else chunk,
+            code,
+        )
+
+
+def parts_of_entry(editor: Editor, entry: Entry) -> Iterator[Part]:
+    """The parts of a stored tensor, in the order of its bytes; carried ones are copied."""
+    if entry.name in editor.carried:
+        step = WINDOW["cpu"]
+        for start in range(entry.start, entry.end, step):
+            count = min(step, entry.end - start)
+            yield Part(Span(entry.file, start, count), shape=(count,))
+        return
+    for slot_name, expert in editor.base.stored_parts(entry):
+        yield from parts_of(editor, editor.base.slots[slot_name], expert)
+
+
+def windows_of(parts: Iterable[Part], limit: int) -> Iterator[Window]:
+    """The parts in order, in windows of at most `limit` bytes; a larger part is one alone."""
+    held: list[Part] = []
+    size = 0
+    for part in parts:
+        if held and size + part.span.count > limit:
+            yield Window(tuple(held))
+            held, size = [], 0
+        held.append(part)
+        size += part.span.count
+    if held:
+        yield Window(tuple(held))
+
+
+class Pipeline:
+    """Threads' buffers through which windows go; made once for a whole checkpoint."""
+
+    def __init__(
+        self, editor: Editor, *, window: int | None = None, threads: int | None = None
+    ) -> None:
+        """
+        Args:
+            window: bytes of a window, by default what suits the device.
+            threads: so many, by default all cores, or what keeps a GPU busy.
+        """
+        self._editor = editor
+        self._device = editor.device
+        cuda = self._device.type == "cuda"
+        self._window = window or WINDOW[self._device.type]
+        self._threads = threads or (GPU_THREADS if cuda else torch.get_num_threads())
+        # One more waits in order, and one is with the caller.
+        self._buffers: SimpleQueue[_Buffers] = SimpleQueue()
+        for _ in range(self._threads + 2):
+            self._buffers.put(_Buffers(pinned=cuda))
+
+    def run(self, parts: Iterable[Part]) -> Iterator[MergedWindow]:
+        """Merge the parts; windows come in order.
+
+        Raises:
+            RecipeError: a merged weight is beyond what its dtype can hold.
+            DamagedArtifact, CheckpointError: a chunk or a file is not what it was.
+        """
+        done = in_order(
+            self._merge,
+            windows_of(parts, self._window),
+            nbytes=lambda window: window.nbytes,
+            budget=IN_FLIGHT[self._device.type],
+            threads=self._threads,
+        )
+        for merged, buffers in done:
+            yield merged
+            self._buffers.put(buffers)
+
+    def _merge(self, window: Window) -> "tuple[MergedWindow, _Buffers]":
+        buffers = self._buffers.get()
+        weights, codes = buffers.sized(window, self._window)
+        places = _read(window, weights, codes)
+        with _stream(self._device):
+            sums = self._merged(window, weights, codes, places)
+        return MergedWindow(window, weights, sums), buffers
+
+    def _merged(
+        self, window: Window, weights: Tensor, codes: Tensor, places: "list[tuple[int, int]]"
+    ) -> list[list[float]]:
+        """Merge a window in place; returns each part's sums."""
+        there = weights.to(self._device, non_blocking=True)
+        other = codes.to(self._device, non_blocking=True)
+        order: list[int] = []
+        found: list[Tensor] = []
+        for group in self._groups(window):
+            parts = [window.parts[i] for i in group]
+            rows = (parts[0].shape or (1,))[0]
+            shape = (rows, *parts[0].shape[1:])
+            base = [typed(there, places[i][0], shape, parts[0].dtype) for i in group]
+            code = [typed(other, places[i][1], shape, parts[0].code) for i in group]
+            slot = parts[0].slot
+            assert slot is not None, "only edited parts are grouped"
+            edited = self._editor.edit(
+                slot, [p.expert for p in parts], parts[0].first, _stacked(base), _stacked(code)
+            )
+            for i, stored in zip(group, edited.stored, strict=True):
+                at, count = places[i][0], window.parts[i].span.count
+                there[at : at + count] = stored.contiguous().flatten().view(torch.uint8)
+            found.append(edited.sums)
+            order += group
+        if self._device.type == "cuda":
+            weights.copy_(there, non_blocking=True)
+        sums = [[0.0] * 4 for _ in window.parts]
+        # Reading the sums waits for the device, and so for the copy before them.
+        for i, row in zip(order, torch.cat(found).tolist() if found else [], strict=True):
+            sums[i] = row
+        if self._device.type == "cuda":
+            torch.cuda.current_stream().synchronize()
+        for part, row in zip(window.parts, sums, strict=True):
+            self._require_finite(part, row)
+        return sums
+
+    def _groups(self, window: Window) -> list[list[int]]:
+        """Parts that are merged together: on a GPU the experts that one projector serves."""
+        alone = self._device.type == "cpu"
+        groups: dict[object, list[int]] = {}
+        for number, part in enumerate(window.parts):
+            if part.slot is None or part.chunk is None:
+                continue
+            single = alone or self._editor.routed(part.slot)
+            key = number if single else (part.slot.name, part.first, part.shape)
+            groups.setdefault(key, []).append(number)
+        return list(groups.values())
+
+    def _require_finite(self, part: Part, sums: list[float]) -> None:
+        if not math.isfinite(sums[1]):  # of the realised edit
+            raise RecipeError(
+                f"alpha {self._editor.recipe.alpha:g} is too large: the merged "
+                f"{part.tensor_name} is beyond what {str(part.dtype).removeprefix('torch.')} "
+                "can hold"
+            )
+
+
+class _Buffers:
+    """Memory for one window's weights and codes, used again and again."""
+
+    def __init__(self, *, pinned: bool) -> None:
+        self._pinned = pinned
+        self._weights = torch.empty(0, dtype=torch.uint8)
+        self._codes = torch.empty(0, dtype=torch.uint8)
+
+    def sized(self, window: Window, usual: int) -> tuple[Tensor, Tensor]:
+        """Room for a window. That of one larger than usual is not kept."""
+        weights = self._room(self._weights, window.nbytes, usual)
+        codes = self._room(self._codes, window.code_bytes, usual)
+        if window.nbytes <= usual:
+            self._weights = weights
+        if window.code_bytes <= usual:
+            self._codes = codes
+        return weights[: window.nbytes], codes[: window.code_bytes]
+
+    def _room(self, kept: Tensor, nbytes: int, usual: int) -> Tensor:
+        if kept.numel() >= nbytes:
+            return kept
+        return torch.empty(max(nbytes, usual), dtype=torch.uint8, pin_memory=self._pinned)
+
+
+def _read(window: Window, weights: Tensor, codes: Tensor) -> list[tuple[int, int]]:
+    """Fill both buffers; returns where each part begins in the one and in the other."""
+    into, codes_into = byte_view(weights), byte_view(codes)
+    places, at, code_at = [], 0, 0
+    for part in window.parts:
+        read_span(part.span, into[at : at + part.span.count])
+        places.append((at, code_at))
+        at += part.span.count
+        if part.chunk:
+            part.chunk.read_into(codes_into[code_at : code_at + part.chunk.nbytes])
+            code_at += _padded(part.chunk.nbytes)
+    return places
+
+
+def typed(data: Tensor, at: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """The tensor whose bytes begin at `at`; a view where its dtype can begin there."""
+    count = math.prod(shape) * dtype.itemsize
+    raw = data[at : at + count]
+    if raw.storage_offset() % dtype.itemsize:
+        raw = raw.clone()
+    return raw.view(dtype).view(shape)
+
+
+def _stacked(tensors: list[Tensor]) -> Tensor:
+    return tensors[0][None] if len(tensors) == 1 else torch.stack(tensors)
+
+
+def _padded(count: int) -> int:
+    return -(-count // ALIGN) * ALIGN
+
+
+@contextmanager
+def _stream(device: torch.device) -> Iterator[None]:
+    """A stream of this thread's own, so that one window's copies pass another's products."""
+    if device.type != "cuda":
+        yield
+        return
+    if not hasattr(_OWN, "stream"):
+        make: Any = torch.cuda.Stream  # its types are missing
+        _OWN.stream = make(device)
+    with torch.cuda.stream(_OWN.stream):
+        yield

@@ -1,0 +1,73 @@
+"""The pipeline's result does not depend on windows, threads or device."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from apply_case import context, inputs, prepare, write_pair
+from test_scoring import qwen3_moe
+from torch import Tensor
+
+from crane_tasks.apply import make_editor
+from crane_tasks.pipeline import Pipeline, parts_of_entry
+from crane_tasks.recipe import recipe_from
+
+SMALL = dict(
+    hidden_size=512, num_attention_heads=4, num_key_value_heads=2, head_dim=64,
+    intermediate_size=256, moe_intermediate_size=96, num_experts=6, num_experts_per_tok=2,
+    vocab_size=320,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small pair with delta, thresholds, scores and bases."""
+    made = tmp_path_factory.mktemp("pair")
+    write_pair(qwen3_moe(2, **SMALL), made)
+    prepare(context(made, "cpu", 0.25, made / "out"))
+    return made
+
+
+def merged(
+    folder: Path, device: str, rounding: str, window: int | None = None, threads: int | None = None
+) -> dict[tuple[str, int, int], Tensor]:
+    """Every part's merged rows, by slot, expert and first row."""
+    ctx = context(folder, device, 0.25, folder / "out")
+    data = ctx.recipe.model_dump(mode="json", exclude_unset=True)
+    lm_head = {"scale": 0.5, "rows": {"<think>": 0.8}}
+    data["merge"] = {"rounding": rounding, "embedding": {"scale": 0.1}, "lm_head": lm_head}
+    object.__setattr__(ctx, "recipe", recipe_from(data, (folder,), "generated"))
+    editor = make_editor(ctx, inputs(ctx))
+    parts = (p for e in editor.base.entries.values() for p in parts_of_entry(editor, e))
+    found = {}
+    for done in Pipeline(editor, window=window, threads=threads).run(parts):
+        for part, tensor in done.tensors():
+            assert part.slot is not None
+            found[part.slot.name, part.expert, part.first] = tensor.clone()
+    return found
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize(("window", "threads"), [(1, 1), (100_000, 3), (10**9, 2)])
+def test_windows_and_threads_change_no_bit(
+    folder: Path, rounding: str, window: int, threads: int
+) -> None:
+    usual = merged(folder, "cpu", rounding)
+    other = merged(folder, "cpu", rounding, window, threads)
+    assert usual.keys() == other.keys()
+    assert all(torch.equal(usual[k].view(torch.int16), other[k].view(torch.int16)) for k in usual)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+def test_a_gpu_agrees_with_the_cpu_but_for_ties(folder: Path, rounding: str) -> None:
+    """Products are summed in another order: a value next to a tie may fall to its other side."""
+    here, there = merged(folder, "cpu", rounding), merged(folder, "cuda", rounding)
+    assert here.keys() == there.keys()
+    differing = sum(int((here[k] != there[k]).sum()) for k in here)
+    total = sum(t.numel() for t in here.values())
+    assert differing < 1e-4 * total
+    for key, ours in here.items():
+        steps = (ours.view(torch.int16).int() - there[key].view(torch.int16).int()).abs()
+        assert int(steps.max()) <= 1, key
