@@ -84,8 +84,7 @@ def check_destination(ctx: Context, ref: Ref, *, force: bool) -> bool:
     Raises:
         OutputError: the folder is an input, or holds something else.
     """
-    places = {"base": ctx.base, "donor": ctx.donor, "store": ctx.store.root.resolve()}
-    check_output(ctx.output, places, key=ref.key, force=force)
+    check_output(ctx.output, ctx.places, key=ref.key, force=force)
     return holds(ctx.output, ref.key, shard_plan(ctx.pair().base, ctx.recipe.run.shard_size))
 
 

@@ -132,7 +132,7 @@ def all_refs(ctx: Context) -> Refs:
 def check_cheap(ctx: Context, refs: Refs, *, force: bool) -> None:
     """Everything about data and output that is known to be wrong before weights are read."""
     there = check_destination(ctx, refs.apply, force=force)
-    check_room(_disk_needs(ctx, refs, written=there and ctx.store.has(refs.apply)))
+    check_room(disk_needs(ctx, refs, written=there and ctx.store.has(refs.apply)))
     check_baseline(ctx)
     if not ctx.store.has(refs.apply):
         check_rows(ctx)
@@ -151,7 +151,7 @@ def check_data(ctx: Context, refs: Refs) -> None:
             check_prompts(ctx, section, refs.sets.refs[name])
 
 
-def _disk_needs(ctx: Context, refs: Refs, *, written: bool) -> list[tuple[Path, int, str]]:
+def disk_needs(ctx: Context, refs: Refs, *, written: bool) -> list[tuple[Path, int, str]]:
     """What the missing stages will write, in bytes; small artifacts are left out.
 
     What an interrupted stage has in its draft already is not counted again.
@@ -229,14 +229,23 @@ def build_gate(ctx: Context, refs: Refs, call: Call) -> list[Built]:
     ]
 
 
-def build_all(ctx: Context, refs: Refs, call: Call, *, force: bool) -> list[Built]:
-    """All seven stages."""
+def build_inputs(ctx: Context, refs: Refs, call: Call) -> list[Built]:
+    """All that the edit is made of: the stages before `apply`."""
     r = refs
     built = build_gate(ctx, refs, call)
     _scores(ctx, refs)  # a baseline without gain shows here, not after the projector
-    built += [
+    return [
+        *built,
         call("threshold", build_threshold, ctx, r.threshold, r.delta),
         call("projector", build_projector, ctx, r.projector, r.calibration.format),
+    ]
+
+
+def build_all(ctx: Context, refs: Refs, call: Call, *, force: bool) -> list[Built]:
+    """All seven stages."""
+    r = refs
+    built = [
+        *build_inputs(ctx, refs, call),
         call("apply", _build_apply, ctx, refs, force),
         call("evaluate", build_evaluate, ctx, r.evaluate, r.sets),
     ]
