@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -44,11 +44,11 @@ def sync_folder(folder: Path) -> None:
 class Unit:
     """One unit of work being written."""
 
-    def __init__(self, draft: "Draft", name: str) -> None:
+    def __init__(self, draft: Path, name: str) -> None:
         self.name = name
         self.meta: dict[str, Any] = {}
-        self._draft = draft
-        self._group = draft.root.require_group(name)
+        self._folder = draft / DATA / name
+        self._group = zarr.open_group(draft / DATA, mode="a").require_group(name)
         self._arrays: dict[str, str] = {}
 
     def create(
@@ -80,21 +80,42 @@ class Unit:
         if tensor.numel():
             writer[...] = tensor
 
-    def record(self) -> dict[str, Any]:
-        """The unit's line in `units.jsonl`: its arrays' chunks and its metadata."""
-        folder = self._draft.path / DATA / self.name
+    def record(self, schema: Schema) -> dict[str, Any]:
+        """The unit's line in `units.jsonl`: its arrays' chunks, now durable, and its metadata.
+
+        Raises:
+            StoreError: the unit is not what the schema says.
+        """
+        if problems := schema.problems(self.name, list(self._arrays.items()), self.meta):
+            raise StoreError(f"{self._folder}: {'; '.join(problems)}")
         return {
             "unit": self.name,
             "arrays": {
                 name: {
                     "dtype": dtype,
-                    "metadata": metadata_digest(folder / name),
-                    "chunks": record_chunks(folder / name),
+                    "metadata": metadata_digest(self._folder / name),
+                    "chunks": record_chunks(self._folder / name),
                 }
                 for name, dtype in self._arrays.items()
             },
             "meta": self.meta,
         }
+
+
+def write_unit(
+    draft: Path, schema: Schema, name: str, write: Callable[[Unit], None]
+) -> dict[str, Any]:
+    """Write a unit's data into the folder of a draft, and make it durable; returns its record.
+
+    Any process that shares the folder may do so. The unit exists only when the one that has
+    the artifact's lock has adopted the record: data first, metadata last.
+
+    Raises:
+        StoreError: the unit is not what the schema says.
+    """
+    unit = Unit(draft, name)
+    write(unit)
+    return unit.record(schema)
 
 
 class Draft:
@@ -103,9 +124,9 @@ class Draft:
     def __init__(self, path: Path, schema: Schema) -> None:
         self.path = path
         self.meta: dict[str, Any] = {}
-        self._schema = schema
+        self.schema = schema
         path.mkdir(parents=True, exist_ok=True)
-        self.root = zarr.open_group(path / DATA, mode="a")
+        zarr.open_group(path / DATA, mode="a")
         self._log = path / "units.jsonl"
         self.units: dict[str, dict[str, Any]] = {}
         self._read_log()
@@ -148,17 +169,21 @@ class Draft:
 
         One that is there already ceases to exist when it is begun anew.
         """
+        self.forget(name)
+        unit = Unit(self.path, name)
+        yield unit
+        self.adopt(unit.record(self.schema))
+
+    def forget(self, name: str) -> None:
+        """A unit that is to be made anew does not exist any longer."""
         if name in self.units:
             del self.units[name]
             self._append({"unit": name, "void": True})
-        unit = Unit(self, name)
-        yield unit
-        record = unit.record()
-        arrays = [(n, a["dtype"]) for n, a in record["arrays"].items()]
-        if problems := self._schema.problems(name, arrays, unit.meta):
-            raise StoreError(f"{self.path}: {'; '.join(problems)}")
+
+    def adopt(self, record: dict[str, Any]) -> None:
+        """Take in a unit that `write_unit` has written; from now on it exists."""
         self._append(record)
-        self.units[name] = record
+        self.units[record["unit"]] = record
 
     def _append(self, record: dict[str, Any]) -> None:
         with self._log.open("a") as stream:

@@ -18,3 +18,7 @@ class DamagedArtifact(StoreError):
         super().__init__(f"damaged artifact {path}: {what}")
         self.path = path
         self.what = what
+
+    def __reduce__(self) -> tuple[type["DamagedArtifact"], tuple[Path, str]]:
+        """It may be raised in another process than the one that mends."""
+        return type(self), (self.path, self.what)

@@ -6,9 +6,11 @@ weights themselves lie in the output folder.
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Mapping
-from dataclasses import astuple, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import astuple, dataclass, field, fields
+from functools import lru_cache
 from importlib import metadata
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,7 @@ from crane_tasks.output import (
 )
 from crane_tasks.pipeline import Pipeline, parts_of_entry
 from crane_tasks.scores import read_scores
+from crane_tasks.spread import spread_units
 from crane_tasks.tables import read_table, write_table
 from crane_tasks.threshold import PLAIN
 
@@ -145,7 +148,7 @@ def write_apply(
     if not published:
         folder.mkdir(parents=True, exist_ok=True)
         draft.belongs(folder)
-        _write_shards(ctx, inputs, units, folder, draft)
+        _write_shards(ctx, ref, inputs, units, folder, draft)
     written = [draft.units[name]["meta"] for name in units]
     files = {m["file"]: {"size": m["size"], "digest": m["digest"]} for m in written}
     draft.meta |= {"files": files, "carried": base.carried, "units": list(units)}
@@ -160,27 +163,26 @@ def write_apply(
 
 
 def _write_shards(
-    ctx: Context, inputs: Inputs, units: dict[str, Shard], folder: Path, draft: Draft
+    ctx: Context, ref: Ref, inputs: Inputs, units: dict[str, Shard], folder: Path, draft: Draft
 ) -> None:
     """Every shard that an earlier attempt has not left in the folder."""
-    editor = make_editor(ctx, inputs)
-    total = sum(e.nbytes for shard in units.values() for e in shard.entries)
-    written = 0
-
-    def show(count: int) -> None:
-        nonlocal written
-        written += count
-        ctx.progress(STAGE, written >> 20, total >> 20, f"MB of {len(units)} shards")
-
-    pipeline = Pipeline(editor)
     for name, shard in units.items():
-        target = folder / shard.file
-        if draft.done(name) and target.exists():
-            show(sum(e.nbytes for e in shard.entries))
-            continue
-        with draft.unit(name) as unit:
-            unit.meta["file"] = shard.file
-            unit.meta |= _write_shard(editor, pipeline, shard, target, unit, show)
+        if not (folder / shard.file).exists():
+            draft.forget(name)
+    sizes = {name: sum(e.nbytes for e in shard.entries) for name, shard in units.items()}
+    total, written = sum(sizes.values()), 0
+    before = dict(zip(sizes, accumulate(sizes.values(), initial=0), strict=False))
+    calls = {n: (ref, inputs, shard, folder, before[n], total) for n, shard in units.items()}
+    try:
+        for name in spread_units(ctx, draft, STAGE, _write_shard, calls):
+            written += sizes[name]
+            _show(ctx, written, total)
+    finally:
+        _ready.cache_clear()
+
+
+def _show(ctx: Context, written: int, total: int) -> None:
+    ctx.progress(STAGE, written >> 20, total >> 20, "MB")
 
 
 def shard_units(plan: list[Shard]) -> dict[str, Shard]:
@@ -223,15 +225,35 @@ def make_editor(ctx: Context, inputs: Inputs) -> Editor:
     )
 
 
+@dataclass(frozen=True)
+class _Known:
+    """What an editor is made from, known by the key of what it makes."""
+
+    key: str
+    context: Context = field(compare=False)
+    inputs: Inputs = field(compare=False)
+
+
+@lru_cache(maxsize=1)
+def _ready(known: _Known) -> tuple[Editor, Pipeline]:
+    """The editor and its pipeline, made once for all shards that this process writes."""
+    editor = make_editor(known.context, known.inputs)
+    return editor, Pipeline(editor)
+
+
 def _write_shard(
-    editor: Editor,
-    pipeline: Pipeline,
-    shard: Shard,
-    target: Path,
+    ctx: Context,
     unit: Unit,
-    show: Callable[[int], None],
-) -> dict[str, Any]:
-    """Write one file front to back; returns its size and digest."""
+    ref: Ref,
+    inputs: Inputs,
+    shard: Shard,
+    folder: Path,
+    before: int,
+    total: int,
+) -> None:
+    """Write one file front to back; the unit holds its size, digest and the edit's sums."""
+    editor, pipeline = _ready(_Known(ref.key, ctx, inputs))
+    target = folder / shard.file
     part = target.with_name(target.name + ".part")
     announced = [(e.name, e.dtype, e.shape) for e in shard.entries]
     sums: dict[tuple[str, int], list[float]] = {}
@@ -243,11 +265,11 @@ def _write_shard(
                 if piece.slot is not None:
                     key = piece.slot.name, piece.expert
                     sums[key] = [a + b for a, b in zip(sums.get(key, [0.0] * 4), row, strict=True)]
-            show(merged.window.nbytes)
+            _show(ctx, before + writer.size, total)
         digest = writer.close()
     part.replace(target)
     write_table(unit, "tensors", COLUMNS, _rows(editor, sums))
-    return {"size": writer.size, "digest": digest}
+    unit.meta |= {"file": shard.file, "size": writer.size, "digest": digest}
 
 
 def _rows(

@@ -21,6 +21,7 @@ from crane_tasks.models.checkpoint import INDEX, SINGLE, TOKENIZER_FILES, Pair, 
 from crane_tasks.models.pace import Step
 from crane_tasks.models.stream import free_memory
 from crane_tasks.recipe import Recipe
+from crane_tasks.spread import Spread, here
 
 GENERATION = "generation_config.json"
 # Characters that a folder's name should not have, and how long one field's part may be.
@@ -62,6 +63,7 @@ class Context:
         device: resolved torch device, e.g. "cpu".
         compute: resolved dtype of forward and backward passes.
         notice: hears what a person should know of, though the run goes on.
+        spread: runs a stage's independent units, here or on several workers.
     """
 
     recipe: Recipe
@@ -78,6 +80,17 @@ class Context:
     compute: str
     progress: Progress = no_progress
     notice: Callable[[str], None] = no_notice
+    spread: Spread = here
+
+    def elsewhere(self) -> "Context":
+        """This context for another process, which neither shows bars nor spreads work.
+
+        In this process it is the context itself.
+        """
+        if self.spread is here:
+            return self
+        store = Store(self.store.root)
+        return replace(self, store=store, progress=no_progress, notice=no_notice, spread=here)
 
     @property
     def torch_device(self) -> torch.device:
@@ -120,6 +133,7 @@ def make_context(
     store: Store,
     progress: Progress = no_progress,
     notice: Callable[[str], None] = no_notice,
+    spread: Spread = here,
 ) -> Context:
     """Find the checkpoints, compare their headers, and identify them by content.
 
@@ -166,6 +180,7 @@ def make_context(
         compute=compute,
         progress=progress,
         notice=notice,
+        spread=spread,
     )
 
 

@@ -22,6 +22,7 @@ from crane_tasks.errors import CheckpointError
 from crane_tasks.models.checkpoint import Pair, listed
 from crane_tasks.models.layout import Slot, unit_name
 from crane_tasks.models.safetensors_io import byte_view
+from crane_tasks.spread import spread_units
 
 STAGE = "delta"
 VERSION = 2
@@ -54,16 +55,19 @@ def write_delta(ctx: Context, draft: Draft) -> None:
     """
     pair = ctx.pair()
     check_pair(pair)
-    groups = list(pair.base.layers())
-    for number, (layer, slots) in enumerate(groups):
-        name = unit_name(layer)
-        if not draft.done(name):
-            with draft.unit(name) as unit:
-                unit.meta["layer"] = layer
-                if bad := _write_slots(unit, pair, slots):
-                    rest = [s for _, later in groups[number + 1 :] for s in later]
-                    _refuse(bad + [b for found in _differences(pair, rest) for b in found.bad])
-        ctx.progress(STAGE, number + 1, len(groups), "layers")
+    units = {unit_name(layer): (layer,) for layer, _ in pair.base.layers()}
+    for number, _ in enumerate(spread_units(ctx, draft, STAGE, _write_layer, units), start=1):
+        ctx.progress(STAGE, number, len(units), "layers")
+
+
+def _write_layer(ctx: Context, unit: Unit, layer: int | None) -> None:
+    pair = ctx.pair()
+    groups = dict(pair.base.layers())
+    unit.meta["layer"] = layer
+    if bad := _write_slots(unit, pair, groups[layer]):
+        order = list(groups)
+        rest = [slot for later in order[order.index(layer) + 1 :] for slot in groups[later]]
+        _refuse(bad + [b for found in _differences(pair, rest) for b in found.bad])
 
 
 def _refuse(bad: list[str]) -> None:

@@ -232,8 +232,26 @@ def measured(ctx: Context, model: Model, sets: EvaluationSets) -> Artifact:
     return ctx.store.open(ref)
 
 
+def _measure_elsewhere(ctx: Context, models: Mapping[str, Model], sets: EvaluationSets) -> None:
+    """Have several workers measure the checkpoints, where there are such workers."""
+    there = ctx.elsewhere()
+    calls = [
+        (there, model, sets)
+        for model in models.values()
+        if model.edit is None and not ctx.store.has(measure_ref(ctx, model.identity, sets))
+    ]
+    if there is not ctx:
+        for _ in ctx.spread(STAGE, _measure, calls):
+            pass
+
+
+def _measure(ctx: Context, model: Model, sets: EvaluationSets) -> None:
+    measured(ctx, model, sets)
+
+
 def compare(ctx: Context, models: Mapping[str, Model], sets: EvaluationSets) -> dict[str, Any]:
     """Measure every model and put the metrics side by side; "base" must be among them."""
+    _measure_elsewhere(ctx, models, sets)
     opened: dict[str, Artifact] = {}
     for number, (name, model) in enumerate(models.items()):
         opened[name] = measured(ctx, model, sets)

@@ -7,12 +7,13 @@ import torch
 
 from artifacts.ref import Ref
 from artifacts.schema import Schema
-from artifacts.store import Artifact, Built, Draft
+from artifacts.store import Artifact, Built, Draft, Unit
 from crane_tasks.ahead import in_order
 from crane_tasks.context import Context
 from crane_tasks.delta import BLOCK, IN_FLIGHT, read_delta
 from crane_tasks.models.layout import Slot, unit_name
 from crane_tasks.numerics.threshold import keep_above, median_magnitude
+from crane_tasks.spread import spread_units
 from crane_tasks.tables import read_table, write_table
 
 STAGE = "threshold"
@@ -36,23 +37,19 @@ def threshold_ref(ctx: Context, delta: Ref) -> Ref:
 def build_threshold(ctx: Context, ref: Ref, delta: Ref) -> Built:
     """Make or find the thresholds."""
 
-    def write(draft: Draft) -> None:
-        write_threshold(ctx, ctx.store.open(delta), draft)
-
-    return ctx.store.build(ref, SCHEMA, write)
+    return ctx.store.build(ref, SCHEMA, lambda draft: write_threshold(ctx, delta, draft))
 
 
-def write_threshold(ctx: Context, delta: Artifact, draft: Draft) -> None:
+def write_threshold(ctx: Context, delta: Ref, draft: Draft) -> None:
     """Unit of work: a decoder layer. A few tensors in memory at a time."""
-    base = ctx.pair().base
-    groups = list(base.layers())
-    for number, (layer, slots) in enumerate(groups):
-        name = unit_name(layer)
-        if not draft.done(name):
-            rows = _rows(ctx, delta, gated(slots))
-            with draft.unit(name) as unit:
-                write_table(unit, "tensors", COLUMNS, rows)
-        ctx.progress(STAGE, number + 1, len(groups), "layers")
+    units = {unit_name(layer): (delta, layer) for layer, _ in ctx.pair().base.layers()}
+    for number, _ in enumerate(spread_units(ctx, draft, STAGE, _write_layer, units), start=1):
+        ctx.progress(STAGE, number, len(units), "layers")
+
+
+def _write_layer(ctx: Context, unit: Unit, delta: Ref, layer: int | None) -> None:
+    slots = dict(ctx.pair().base.layers())[layer]
+    write_table(unit, "tensors", COLUMNS, _rows(ctx, ctx.store.open(delta), gated(slots)))
 
 
 def _rows(

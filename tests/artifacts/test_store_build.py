@@ -24,6 +24,7 @@ DEADLINE = 120.0  # only against a hang: every wait ends with what it waits for
 
 WORKER = """
 import os, signal, sys, time
+import zarr
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from sample import SCHEMA, UNITS, sample_ref, write_sample_unit
@@ -35,8 +36,9 @@ store.prepare()
 def write(draft):
     for number in range(UNITS):
         if number == after:
-            draft.root.require_group(f"layer.{number}").create_array(
-                "weight", shape=(6, 4), dtype="uint16")[...] = 1
+            data = zarr.open_group(draft.path / "data.zarr")
+            group = data.require_group(f"layer.{number}")
+            group.create_array("weight", shape=(6, 4), dtype="uint16")[...] = 1
             (here / "there").touch()
             while not (here / "go").exists():
                 time.sleep(0.01)
