@@ -100,9 +100,9 @@ class Editor:
             # What is taken away, for x - (+0) is x also where x is -0, which x + 0 is not:
             # weights without an edit keep their bits, and no comparison has to find them.
             taken = decode(mine, code[:, block], wide=weight).neg_()
-            taken = self._step(slot, experts, first + begin, weight, taken).add_(0.0)
-            merged = self._rounded(slot, experts, first + begin, weight - taken, base.dtype)
-            stored[:, block] = merged
+            taken = self._step(slot, experts, first + begin, weight, taken)
+            merged = stored[:, block]
+            self._round(slot, experts, first + begin, weight - taken, merged)
             sums += stacked_edit_sums(weight, taken.neg_(), merged)
         return Edited(stored, sums)
 
@@ -115,11 +115,13 @@ class Editor:
         """The edit that belongs to a delta (of -δ: the negative edit), in float32."""
         if slot.component in PLAIN:
             factors = self.row_factors[slot.component][first : first + delta.shape[1]]
-            return factors.to(self.device)[:, None] * delta
+            return (factors.to(self.device)[:, None] * delta).add_(0.0)  # no -0
         if self._slerped(slot):
             return weight - slerp(weight, weight - delta, self.recipe.alpha * SLERP_SHARE)
-        step = keep_above(delta, self._threshold(slot, experts, delta))
-        step *= self.recipe.alpha * self.scores.of(slot)
+        factor = self.recipe.alpha * self.scores.of(slot)
+        if factor == 0:
+            return torch.zeros_like(delta)
+        step = keep_above(delta, self._threshold(slot, experts, delta)).mul_(factor)
         return self._projected(slot, experts[0], step)
 
     def _threshold(self, slot: Slot, experts: Sequence[int], like: Tensor) -> Tensor | float:
@@ -164,21 +166,19 @@ class Editor:
             self._bases[key] = found
         return self._bases[key]
 
-    def _rounded(
-        self, slot: Slot, experts: Sequence[int], first: int, value: Tensor, dtype: torch.dtype
-    ) -> Tensor:
+    def _round(
+        self, slot: Slot, experts: Sequence[int], first: int, value: Tensor, into: Tensor
+    ) -> None:
         merge = self.recipe.merge
-        if merge.rounding != "stochastic" or dtype != torch.bfloat16:
-            return value.to(dtype)
+        if merge.rounding != "stochastic" or into.dtype != torch.bfloat16:
+            into.copy_(value)
+            return
         # A stored head that is tied to the embedding is rounded as that is.
         tied = slot.name == "lm_head.weight" and slot.component == "embedding"
         offset = first * math.prod(value.shape[2:])
-        names = ["model.embed_tokens.weight" if tied else slot.tensor_name(e) for e in experts]
-        seeds = [seed_of(merge.seed, name) for name in names]
-        rounded = [
-            round_stochastic(v, seed=s, offset=offset) for v, s in zip(value, seeds, strict=True)
-        ]
-        return torch.stack(rounded)
+        for expert, mine, place in zip(experts, value, into, strict=True):
+            name = "model.embed_tokens.weight" if tied else slot.tensor_name(expert)
+            place.copy_(round_stochastic(mine, seed=seed_of(merge.seed, name), offset=offset))
 
 
 def row_factors(rows: Rows, count: int, tokenizer: Any, where: str) -> Tensor:

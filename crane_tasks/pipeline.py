@@ -6,6 +6,7 @@ were. The caller gets the windows in the order of the bytes and writes one while
 are made. What is in flight is bounded in bytes, whatever the model's and the files' size.
 """
 
+import ctypes
 import math
 import threading
 from collections.abc import Iterable, Iterator
@@ -32,6 +33,7 @@ IN_FLIGHT = {"cpu": 128 * 2**20, "cuda": 1024 * 2**20}
 # A GPU is fed by few threads: more of them wait for each other's turn in Python.
 GPU_THREADS = 3
 ALIGN = 16  # bytes, for every delta in a window's buffer
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 _OWN = threading.local()
 
 
@@ -158,6 +160,7 @@ class Pipeline:
         cuda = self._device.type == "cuda"
         self._window = window or WINDOW[self._device.type]
         self._threads = threads or (GPU_THREADS if cuda else torch.get_num_threads())
+        _keep_small_blocks()
         # One more waits in order, and one is with the caller.
         self._buffers: SimpleQueue[_Buffers] = SimpleQueue()
         for _ in range(self._threads + 2):
@@ -244,6 +247,18 @@ class Pipeline:
                 f"{part.tensor_name} is beyond what {str(part.dtype).removeprefix('torch.')} "
                 "can hold"
             )
+
+
+def _keep_small_blocks() -> None:
+    """Have the C library keep the blocks' memory for the next block.
+
+    By default glibc returns a megabyte to the system as soon as it is free, and each of the
+    passes over a block would wait for the system to clear its pages again.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's own, absent elsewhere
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, 4 * 2**20)
+        mallopt(M_TRIM_THRESHOLD, 256 * 2**20)
 
 
 class _Buffers:

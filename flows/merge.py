@@ -54,6 +54,7 @@ from crane_tasks.recipe import Recipe
 from crane_tasks.report import Facts, write_report
 from crane_tasks.room import check_room, sizes_of
 from crane_tasks.scores import Scores, Sources, build_scores, read_scores, scores_ref
+from crane_tasks.spread import Spread, here
 from crane_tasks.threshold import build_threshold, threshold_ref
 
 STAGES = ("calibration", "delta", "threshold", "scores", "projector", "apply", "evaluate")
@@ -283,6 +284,7 @@ def merge(
     call: Call = call_here,
     progress: Progress = no_progress,
     notice: Callable[[str], None] = lambda _: None,
+    spread: Spread = here,
     force: bool = False,
 ) -> Merged:
     """Merge a pair by a recipe; finished stages are reused.
@@ -293,7 +295,7 @@ def merge(
     """
     store.waiting = notice
     store.prepare()
-    ctx = make_context(recipe, store, progress, notice)
+    ctx = make_context(recipe, store, progress, notice, spread)
     refs = all_refs(ctx)
     check_cheap(ctx, refs, force=force)
 

@@ -4,12 +4,13 @@ The stages before `apply` run once, the base is loaded once; each point lays its
 it, is measured and kept in the store. Only the winner is materialised, and only if asked.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from artifacts.errors import DamagedArtifact
 from artifacts.ref import Ref, digest_of
 from artifacts.store import Built, Store
 from crane_tasks.apply import check_baseline, check_destination, check_rows
@@ -37,6 +38,7 @@ from crane_tasks.finite import finite
 from crane_tasks.point import build_point, release_base
 from crane_tasks.recipe import Recipe
 from crane_tasks.room import check_room
+from crane_tasks.spread import Spread, here
 from crane_tasks.sweep_report import Facts, check_sweep_folder, write_sweep_report
 from flows.grid import Spot, spots
 from flows.merge import (
@@ -177,6 +179,7 @@ def sweep(
     call: Call = call_here,
     progress: Progress = no_progress,
     notice: Callable[[str], None] = lambda _: None,
+    spread: Spread = here,
     force: bool = False,
 ) -> Sweep:
     """Measure every point of a grid; points that were measured before, or merged, are reused.
@@ -204,7 +207,8 @@ def sweep(
         _check_metrics(spot, requirements, best=write is not None)
     store.waiting = notice
     store.prepare()
-    work = _prepared(grid, store, progress, notice)
+    work = _prepared(grid, partial(make_context, store=store, progress=progress, notice=notice,
+                                   spread=spread))  # fmt: skip
     _check_all(work, place, force=force, best=write is not None)
     found = Sweep(recipe, place, requirements, len(work))
     try:
@@ -214,7 +218,7 @@ def sweep(
     best = found.choice.best
     if write and best is not None:
         done = merge(work[best].spot.recipe, store, call=call, progress=progress, notice=notice,
-                     force=force)  # fmt: skip
+                     spread=spread, force=force)  # fmt: skip
         found.written = done.ctx.output
     if found.written or found.points[-1].status == "reused":
         found.write()  # else it was written after the last point
@@ -244,9 +248,7 @@ def _check_metrics(spot: Spot, requirements: Sequence[Requirement], *, best: boo
             )
 
 
-def _prepared(
-    grid: Iterable[Spot], store: Store, progress: Progress, notice: Callable[[str], None]
-) -> list[Work]:
+def _prepared(grid: Iterable[Spot], make: Callable[[Recipe], Context]) -> list[Work]:
     """The context and keys of every spot; what is alike is found out once.
 
     Raises:
@@ -258,7 +260,7 @@ def _prepared(
         alike = (with_recipe(ctx, spot.recipe) for ctx in contexts)
         ctx = next((ctx for ctx in alike if ctx is not None), None)
         if ctx is None:
-            ctx = make_context(spot.recipe, store, progress, notice)
+            ctx = make(spot.recipe)
             contexts.append(ctx)
         work = Work(spot, ctx, all_refs(ctx))
         key = work.refs.evaluate.key
@@ -313,14 +315,40 @@ def _measure_all(
 ) -> None:
     """Every point in turn; the report is written after each that was not there before."""
     faults = _build_inputs(work, call, notice)
+    sent = [w for w in work if w.inputs not in faults and not w.ctx.store.has(w.refs.evaluate)]
+    outcomes = _measured_elsewhere(sent)
     for number, one in enumerate(work):
         one.ctx.progress("points", number, len(work), one.spot.name)
-        fault = faults.get(one.inputs)
-        point = _failed(one, fault) if fault else _measured(found, one, call, notice)
+        outcome = faults.get(one.inputs) or (next(outcomes, None) if one in sent else None)
+        if isinstance(outcome, Exception):
+            point = _failed(one, outcome)
+        else:
+            point = _measured(found, one, call, notice, outcome)
         found.points.append(point)
         if point.status != "reused":
             found.write()
     work[0].ctx.progress("points", len(work), len(work), "points")
+
+
+def _measured_elsewhere(work: Sequence[Work]) -> Iterator[Built | Exception | None]:
+    """The points as several workers measure them, in order; none if there are no workers."""
+    if not work or work[0].ctx.elsewhere() is work[0].ctx:
+        return iter(())
+    calls = [
+        (w.ctx.elsewhere(), w.refs.evaluate, w.refs.apply, w.refs.inputs, w.refs.sets) for w in work
+    ]
+    return work[0].ctx.spread("point", _point_or_fault, calls)
+
+
+def _point_or_fault(*point: Any) -> Built | Exception | None:
+    """A worker's work. A point's own fault comes back as a value, for others come after it;
+    nothing comes back of one that met a damaged artifact, which is mended here."""
+    try:
+        return build_point(*point)
+    except FAULTS as error:
+        return error
+    except DamagedArtifact:
+        return None
 
 
 def _build_inputs(
@@ -341,8 +369,13 @@ def _build_inputs(
     return faults
 
 
-def _measured(found: Sweep, one: Work, call: Call, notice: Callable[[str], None]) -> Point:
-    """One point, measured or found; its base and donor are noted in the sweep."""
+def _measured(
+    found: Sweep, one: Work, call: Call, notice: Callable[[str], None], made: Built | None = None
+) -> Point:
+    """One point, measured or found; its base and donor are noted in the sweep.
+
+    `made` is what became of it elsewhere.
+    """
     ctx, r = one.ctx, one.refs
 
     def measure() -> tuple[Built, dict[str, Any]]:
@@ -350,7 +383,7 @@ def _measured(found: Sweep, one: Work, call: Call, notice: Callable[[str], None]
             release_base()  # what was damaged is made anew, which may take a model
             build_inputs(ctx, r, call)
         args = (ctx, r.evaluate, r.apply, r.inputs, r.sets)
-        built = call(f"point {one.spot.name}", build_point, *args)
+        built = call(f"point {one.spot.name}", build_point, *args) if made is None else made
         return built, read_comparison(ctx.store.open(r.evaluate))
 
     try:

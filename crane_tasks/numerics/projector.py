@@ -65,4 +65,7 @@ def project(
     weight: Float[Tensor, " r"],
 ) -> Float[Tensor, "*batch d"]:
     """P(D) = D - (D V) diag(w) Vᵀ: acts on the input side, the last axis of `update`."""
-    return update - (update @ directions * weight) @ directions.T
+    along = update @ directions * weight
+    if update.dim() == 2:
+        return torch.addmm(update, along, directions.T, alpha=-1)
+    return update - along @ directions.T

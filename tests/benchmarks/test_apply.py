@@ -8,7 +8,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -37,38 +36,40 @@ def gigabytes(folder: Path) -> float:
     return sum(f.stat().st_size for f in folder.glob("*.safetensors")) / 1e9
 
 
-def took(command: list[str], output: Path | None = None) -> Cost:
-    """Wall time, CPU seconds and peak RSS of a process; its output folder is removed."""
+# A process's peak RSS counts from before its exec, so a small one must start it.
+LAUNCHER = """
+import json, os, subprocess, sys, time
+began = time.perf_counter()
+process = subprocess.Popen(sys.argv[2:])
+_, status, usage = os.wait4(process.pid, 0)
+found = {"wall": time.perf_counter() - began, "cpu": usage.ru_utime + usage.ru_stime,
+         "rss": usage.ru_maxrss * 1024.0}
+open(sys.argv[1], "w").write(json.dumps(found))
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
+
+
+def took(folder: Path, command: list[str]) -> Cost:
+    """Wall time, CPU seconds and peak RSS of a whole process, and what it prints of itself."""
     here = Path(__file__).parent
     paths = [str(here.parent), str(here.parents[1]), os.environ.get("PYTHONPATH", "")]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONWARNINGS": "ignore"}
     env.pop("OMP_NUM_THREADS", None)  # every way may use all cores
-    began = time.perf_counter()
-    with subprocess.Popen(command, stdout=subprocess.PIPE, env=env, text=True) as process:
-        printed = process.stdout.read() if process.stdout else ""
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-    wall = time.perf_counter() - began
-    if output is not None:
-        shutil.rmtree(output)
-    assert process.returncode == 0, printed
-    inside = json.loads(printed.splitlines()[-1]) if output is None or "{" in printed else {}
-    return {
-        "wall": wall,
-        "seconds": wall,
-        "cpu": usage.ru_utime + usage.ru_stime,
-        "rss": usage.ru_maxrss * 1024.0,
-        "peak_gpu": 0.0,
-        **{k: inside[k] for k in ("seconds", "peak_gpu") if k in inside},
-    }
+    record = folder / "took.json"
+    launch = [sys.executable, "-S", "-c", LAUNCHER, str(record), *command]
+    done = subprocess.run(launch, env=env, capture_output=True, text=True)
+    shutil.rmtree(folder / "out", ignore_errors=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    cost: Cost = json.loads(record.read_text())
+    last = done.stdout.splitlines()[-1:] or [""]
+    return cost | (json.loads(last[0]) if last[0].startswith("{") else {})
 
 
 def ours(folder: Path, way: str, device: str = "cpu", alpha: float = ALPHA) -> Cost:
-    """One of the ways of apply_case in a process of its own."""
-    worker = Path(__file__).with_name("apply_case.py")
-    output = folder / "out"
-    command = [sys.executable, str(worker), way, str(folder), device, str(alpha), str(output)]
-    return took(command, None if way == "prepare" else output)
+    """One of the ways of apply_case in a process of its own; its output is removed."""
+    worker = str(Path(__file__).with_name("apply_case.py"))
+    command = [sys.executable, worker, way, str(folder), device, str(alpha), str(folder / "out")]
+    return took(folder, command)
 
 
 def mergekit(folder: Path) -> list[str]:
@@ -123,7 +124,7 @@ def test_apply_against_the_ceiling_mergekit_and_a_loop(
     costs = {
         "ceiling": ours(tmp_path, "copy"),
         "ceiling, flushed to disk": ours(tmp_path, "copy and sync"),
-        "mergekit task_arithmetic": took(mergekit(tmp_path), tmp_path / "out"),
+        "mergekit task_arithmetic": took(tmp_path, mergekit(tmp_path)),
         "shard-at-a-time loop": ours(tmp_path, "loop"),
         "crane: delta and thresholds": prepared,
         "crane: apply": ours(tmp_path, "apply"),
