@@ -48,6 +48,7 @@ from crane_tasks.report import Facts, write_report
 from crane_tasks.room import check_room, sizes_of
 from crane_tasks.scores import Scores, Sources, build_scores, read_scores, scores_ref
 from crane_tasks.threshold import build_threshold, threshold_ref
+from flows.transient import naming_full_disk
 
 STAGES = ("calibration", "delta", "threshold", "scores", "projector", "apply", "evaluate")
 T = TypeVar("T")
@@ -266,7 +267,8 @@ def merge(
     def work() -> Merged:
         return _collect(Merged(ctx, refs, build_all(ctx, refs, call, force=force)))
 
-    return healing(store, work, notice)
+    with naming_full_disk(store.root, ctx.output):
+        return healing(store, work, notice)
 
 
 def _collect(merged: Merged) -> Merged:

@@ -34,9 +34,9 @@ def server() -> Iterator[None]:
 
 def run(pair: TinyPair, folder: Path) -> Any:
     """The merge as a flow."""
-    from flows.prefect_flow import run_flow
+    from flows.prefect_flow import run_merge
 
-    return run_flow(
+    return run_merge(
         str(pair.recipe_file),
         alpha=0.4,
         tau=None,
