@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import httpx
 from prefect import flow, get_run_logger
@@ -18,7 +18,7 @@ from flows import prefect_forms as form
 from flows.evaluate import evaluate
 from flows.merge import Merged, merge
 from flows.prefect_artifacts import publish_evaluation, publish_merge, publish_sweep
-from flows.prefect_stages import TaskStages, refusing
+from flows.prefect_stages import TaskStages, refusing, result_of
 from flows.sweep import Point, sweep
 
 
@@ -39,7 +39,7 @@ def _check_inputs(stages: TaskStages, recipe: Recipe, store: Store) -> None:
         store.prepare()
         return make_context(recipe, store, stages.progress)
 
-    stages.run("inputs", work, lambda ctx: Completed(message=f"{ctx.base}, {ctx.donor}"))
+    stages.run("inputs", work, lambda ctx: Completed(message=f"inputs: {ctx.base}, {ctx.donor}"))
 
 
 @flow(name="crane-merge", flow_run_name=_run_name, persist_result=False)
@@ -150,7 +150,7 @@ def evaluate_flow(
             lambda: evaluate(
                 loaded, store, Path(checkpoint), progress=stages.progress, notice=notice
             ),
-            lambda result: Completed(message=result["checkpoint"]),
+            lambda result: Completed(message=f"evaluate: {result['checkpoint']}"),
         )
         publish_evaluation(loaded.name, found)
         return found
@@ -190,7 +190,8 @@ def run_merge(
             f"The Prefect server went away ({type(error).__name__}). Finished work is kept: the "
             "same command goes on from there, without a server if --no-prefect is added."
         ) from error
-    return cast(Merged, state.result(raise_on_failure=True))
+    merged: Merged = result_of(state)
+    return merged
 
 
 def _require_server() -> None:

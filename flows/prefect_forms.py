@@ -23,7 +23,28 @@ def _titled(title: str) -> Any:
     return Field(json_schema_extra={"title": title})
 
 
-# For the form they are plain numbers: `float | None` would be a switch between two types.
+class _WithoutDefault(dict[str, Any]):
+    """A schema that takes no default, whatever pydantic writes into it."""
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        if key != "default":
+            super().__setitem__(key, value)
+
+
+class _LeftEmpty:
+    """A number whose field starts empty.
+
+    With the default null in its schema the form would send a null back, which Prefect refuses as
+    no number; without, it sends nothing. `float | None` would make a switch between two types.
+    """
+
+    def __init__(self, schema: dict[str, Any]) -> None:
+        self._schema = schema
+
+    def __get_pydantic_json_schema__(self, core: Any, handler: Any) -> dict[str, Any]:
+        return _WithoutDefault(self._schema)
+
+
 _ALPHA = {"type": "number", "minimum": 0}
 _TAU = {"type": "number", "exclusiveMinimum": 0, "maximum": 1}
 AlphaValue = Annotated[float, Field(ge=0, allow_inf_nan=False), WithJsonSchema(_ALPHA)]
@@ -31,8 +52,8 @@ TauValue = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False), WithJsonSche
 
 RecipeChoice = Annotated[ShippedRecipe, _titled("Recipe")]
 RecipeFile = Annotated[str, _titled("Recipe file")]
-Alpha = Annotated[AlphaValue | None, _titled("Alpha"), WithJsonSchema(_ALPHA)]
-Tau = Annotated[TauValue | None, _titled("Tau"), WithJsonSchema(_TAU)]
+Alpha = Annotated[AlphaValue | None, _titled("Alpha"), _LeftEmpty(_ALPHA)]
+Tau = Annotated[TauValue | None, _titled("Tau"), _LeftEmpty(_TAU)]
 Alphas = Annotated[list[AlphaValue], Field(min_length=1), _titled("Alphas")]
 Taus = Annotated[list[TauValue], Field(min_length=1), _titled("Taus")]
 Output = Annotated[str, _titled("Output folder")]

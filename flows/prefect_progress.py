@@ -60,7 +60,7 @@ class StageProgress:
             return
         try:
             if self._artifact is None:
-                key = artifact_key(self._recipe, self._stage)
+                key = artifact_key(self._recipe, self._stage, "progress")
                 made: Any = create_progress_artifact(percent, key, description)
                 self._artifact = made
             else:

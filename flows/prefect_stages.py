@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
+from prefect.exceptions import Abort
 from prefect.states import Completed, Failed
 
 from artifacts.errors import StoreError
@@ -37,7 +38,7 @@ class TaskStages:
         """Run a stage as a task."""
 
         def told(built: Built) -> State[Any]:
-            message = f"{built.status} in {built.seconds:.1f} s: {built.path}"
+            message = f"{stage}: {built.status} in {built.seconds:.1f} s, {built.path}"
             return Completed(name=STATES[built.status], message=message)
 
         return self.run(stage, lambda: build(*args), told)
@@ -75,7 +76,7 @@ class TaskStages:
                 results.append(work())
             except EXPECTED as error:
                 problems.append(error)
-                return Failed(message=told_error(error))
+                return Failed(message=f"{name}: {told_error(error)}")
             state = told(results[-1])
             self._bar.end(str(state.name).lower())
             return state
@@ -98,4 +99,22 @@ def refusing(work: Callable[[], T]) -> T | State[T]:
     try:
         return work()
     except EXPECTED as error:
-        return Failed(message=told_error(error), data=error)
+        # A worker would log a traceback of whatever else a failed state holds.
+        quiet = Abort(told_error(error))
+        quiet.__cause__ = error
+        return Failed(message=told_error(error), data=quiet)
+
+
+def result_of(state: State[T]) -> T:
+    """What a flow gave.
+
+    Raises:
+        Whatever its work raised.
+    """
+    found: Any = state.result(raise_on_failure=False)
+    if isinstance(found, Abort) and found.__cause__ is not None:
+        raise found.__cause__
+    if isinstance(found, BaseException):
+        raise found
+    result: T = found
+    return result
