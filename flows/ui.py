@@ -24,6 +24,10 @@ HOST = "127.0.0.1"
 HEARTBEAT = 30
 SILENCE = 3 * HEARTBEAT
 START = 180.0  # seconds until the server must answer: on a busy machine it takes 40
+AT_ONCE = 30.0  # seconds: what ends sooner after its start would end again
+# No --limit: with one, a worker of 3.8 ends when a run is retried that it has just seen die.
+# The pool's limit does what is wanted.
+WORKER = ("worker", "start", "--pool", POOL, "--type", "process")
 GRACE = 15.0  # seconds that a process gets to end by itself
 
 
@@ -72,9 +76,11 @@ class Processes:
         self._home = home
         self._env = env
         self._running: dict[str, subprocess.Popen[bytes]] = {}
+        self._started: dict[str, float] = {}
 
     def start(self, name: str, *args: str) -> None:
         """Start a `prefect` command in a session of its own: Ctrl-C is ours to pass on."""
+        self._started[name] = time.monotonic()
         with self.log(name).open("ab") as log:
             self._running[name] = subprocess.Popen(
                 [sys.executable, "-m", "prefect", *args],
@@ -89,12 +95,20 @@ class Processes:
         """Where a process writes."""
         return self._home / f"{name}.log"
 
-    def check(self) -> None:
+    def check(self, name: str) -> None:
         """Refuse to go on without one of them."""
-        for name, process in self._running.items():
-            if process.poll() is not None:
-                last = self.log(name).read_text(errors="replace").splitlines()[-15:]
-                raise UiError(f"the {name} ended:\n" + "\n".join(last))
+        if self._running[name].poll() is not None:
+            last = self.log(name).read_text(errors="replace").splitlines()[-15:]
+            raise UiError(f"the {name} ended:\n" + "\n".join(last))
+
+    def revive(self, name: str, *args: str) -> None:
+        """Start one of them again if it ended, unless it had only just been started."""
+        if self._running[name].poll() is None:
+            return
+        if time.monotonic() - self._started[name] < AT_ONCE:
+            self.check(name)
+        _say(f"The {name} ended, another one takes over; see {self.log(name)}")
+        self.start(name, *args)
 
     def stop(self) -> None:
         """End the runs, then the worker that reports them, then the server."""
@@ -108,7 +122,7 @@ class Processes:
                 _end(family, GRACE)
                 _until_told(bool(family))
             with contextlib.suppress(ProcessLookupError):
-                process.send_signal(signal.SIGINT)
+                process.send_signal(signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(GRACE)
             _end(family, 1.0)
@@ -225,13 +239,12 @@ def serve(port: int, home: Path) -> NoReturn:
         _until_it_answers(processes, env["PREFECT_API_URL"])
         set_up()
         run_command(env, "deploy", "--all", "--prefect-file", str(_deployments()))
-        processes.start(
-            "worker", "worker", "start", "--pool", POOL, "--type", "process", "--limit", "1"
-        )
+        processes.start("worker", *WORKER)
         _say(f"Merge, sweep or evaluate: http://{HOST}:{port}/v2/deployments")
         _say(f"Runs work in {os.getcwd()}, one at a time. Ctrl-C stops everything.")
         while True:
-            processes.check()
+            processes.check("server")
+            processes.revive("worker", *WORKER)
             time.sleep(0.5)
     finally:
         processes.stop()
@@ -252,7 +265,7 @@ def _until_it_answers(processes: Processes, url: str) -> None:
 
     limit = time.monotonic() + START
     while time.monotonic() < limit:
-        processes.check()
+        processes.check("server")
         with contextlib.suppress(httpx.HTTPError):
             if httpx.get(f"{url}/health").is_success:
                 return
@@ -275,7 +288,8 @@ def main() -> int:
     parser.add_argument("--port", type=int, default=4200)
     parser.add_argument("--home", type=Path, default=Path(".prefect"), help="the server's data")
     given = parser.parse_args()
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    # Also Ctrl-C: a shell starts what runs in the background with it switched off.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
     try:
         serve(given.port, given.home.expanduser().absolute())
