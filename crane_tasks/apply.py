@@ -89,8 +89,7 @@ def check_destination(ctx: Context, ref: Ref, *, force: bool) -> bool:
     Raises:
         OutputError: the folder is an input, or holds something else.
     """
-    places = {"base": ctx.base, "donor": ctx.donor, "store": ctx.store.root.resolve()}
-    check_output(ctx.output, places, key=ref.key, force=force)
+    check_output(ctx.output, ctx.places, key=ref.key, force=force)
     return holds(ctx.output, ref.key, shard_plan(ctx.pair().base, ctx.recipe.run.shard_size))
 
 
@@ -248,7 +247,7 @@ def _write_shard(
                 slot = base.slots[slot_name]
                 sums, change = EditSums(), [0.0, 0.0]
                 for edited in editor.parts(slot, expert):
-                    _require_finite(edited.stored, slot.tensor_name(expert), editor.recipe.alpha)
+                    require_finite(edited.stored, slot.tensor_name(expert), editor.recipe.alpha)
                     writer.write(edited.stored)
                     sums += edit_sums(edited.base, edited.intended, edited.stored, edited.delta)
                     change = _predicted(gradients, slot, expert, edited, change)
@@ -262,7 +261,12 @@ def _write_shard(
     return {"size": writer.size, "digest": digest}
 
 
-def _require_finite(stored: Tensor, name: str, alpha: float) -> None:
+def require_finite(stored: Tensor, name: str, alpha: float) -> None:
+    """Refuse a merged tensor that its dtype cannot hold.
+
+    Raises:
+        RecipeError: with the tensor's name.
+    """
     if not torch.isfinite(stored).all():
         raise RecipeError(
             f"alpha {alpha:g} is too large: the merged {name} is beyond what "

@@ -1,11 +1,13 @@
 """What every stage is given: the recipe, the store, and who the checkpoints are."""
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Protocol
+from types import MappingProxyType
+from typing import Any, Protocol
 
 import torch
 
@@ -21,6 +23,10 @@ from crane_tasks.models.stream import free_memory
 from crane_tasks.recipe import Recipe
 
 GENERATION = "generation_config.json"
+# Characters that a folder's name should not have, and how long one field's part may be.
+UNFIT = re.compile(r"[^A-Za-z0-9._+=]")
+LONGEST = 60
+NO_CHANGES: Mapping[str, Any] = MappingProxyType({})
 HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.jinja", "*.model"]
 
 
@@ -81,6 +87,11 @@ class Context:
     def compute_dtype(self) -> torch.dtype:
         dtype: torch.dtype = getattr(torch, self.compute)
         return dtype
+
+    @property
+    def places(self) -> dict[str, Path]:
+        """The folders that no output may touch, by role."""
+        return {"base": self.base, "donor": self.donor, "store": self.store.root.resolve()}
 
     @property
     def state_memory(self) -> int:
@@ -158,6 +169,20 @@ def make_context(
     )
 
 
+def with_recipe(ctx: Context, recipe: Recipe) -> Context | None:
+    """The surroundings of another recipe on the same pair, or None if they are not the same."""
+    here = _surroundings(ctx.recipe)
+    if _surroundings(recipe) != here:
+        return None
+    return replace(ctx, recipe=recipe, output=output_folder(recipe))
+
+
+def _surroundings(recipe: Recipe) -> list[Any]:
+    """All of a recipe that decides a context besides its output."""
+    run = recipe.run.model_dump(exclude={"output"})
+    return [recipe.base, recipe.donor, recipe.gate.compute, data_sources(recipe), run]
+
+
 def data_sources(recipe: Recipe) -> list[str]:
     """Every data file or dataset that the recipe names."""
     sets = recipe.calibration
@@ -169,13 +194,32 @@ def output_folder(recipe: Recipe) -> Path:
     """Where the merge goes: `run.output`, or a folder that names recipe, alpha and tau."""
     if recipe.run.output is not None:
         return recipe.place(recipe.run.output).resolve()
-    name = f"{recipe.name}-{point_name(recipe.alpha, recipe.tau)}"
+    return _among_merges(f"{recipe.name}-{point_name(recipe.alpha, recipe.tau)}")
+
+
+def sweep_folder(recipe: Recipe) -> Path:
+    """Where a sweep's report goes: beside the merge that the recipe makes."""
+    if recipe.run.output is not None:
+        output = recipe.place(recipe.run.output).resolve()
+        return output.with_name(f"{output.name}-sweep")
+    return _among_merges(f"{recipe.name}-sweep")
+
+
+def _among_merges(name: str) -> Path:
     return (Path.cwd() / "merged" / name).resolve()
 
 
-def point_name(alpha: float, tau: float) -> str:
-    """Names a point of a grid; no two points alike."""
-    return f"alpha{alpha:.15g}-tau{tau:.15g}"
+def point_name(alpha: float, tau: float, changes: Mapping[str, Any] = NO_CHANGES) -> str:
+    """Names a point of a grid; no two points alike. Fit for a folder.
+
+    `changes` are other recipe fields by dotted path: alpha0.25-tau0.03-merge.rounding=nearest.
+    """
+    parts = [f"alpha{alpha:.15g}", f"tau{tau:.15g}"]
+    for path, value in changes.items():
+        text = f"{path}={value if isinstance(value, str) else json.dumps(value)}"
+        plain = UNFIT.sub("_", text)[:LONGEST]
+        parts.append(plain if plain == text else f"{plain}~{digest_of([path, value])[:8]}")
+    return "-".join(parts)
 
 
 def _device(wanted: str) -> str:

@@ -4,7 +4,8 @@ Each model is measured once and kept under its content, so a sweep measures base
 never again; the stage's own artifact puts the measurements side by side.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -17,7 +18,6 @@ from artifacts.memo import DigestMemo
 from artifacts.ref import Ref, digest_of
 from artifacts.schema import Schema
 from artifacts.store import Artifact, Built, Draft
-from crane_tasks.apply import read_edit
 from crane_tasks.behaviour import answer_metrics, call_metrics
 from crane_tasks.calibration import (
     TokenSet,
@@ -31,13 +31,13 @@ from crane_tasks.check import load_tokenizer
 from crane_tasks.context import GENERATION, Context, checkpoint_identity
 from crane_tasks.data import load_rows
 from crane_tasks.models.checkpoint import Checkpoint
-from crane_tasks.models.decode import decode_greedily, load_resident
+from crane_tasks.models.decode import decode_greedily
 from crane_tasks.models.gradients import item_losses
-from crane_tasks.models.stream import LayerStream
-from crane_tasks.recipe import Endpoint, Targets, TargetSet
+from crane_tasks.models.stream import Edit, LayerStream
+from crane_tasks.recipe import Endpoint, Recipe, Targets, TargetSet
 
 STAGE = "evaluate"
-VERSION = 1
+VERSION = 2
 MEASURE = "measure"
 MEASURE_VERSION = 1
 MEASURE_SCHEMA = Schema(
@@ -60,6 +60,59 @@ METRICS = (
     "answer_tokens",
     "format_divergence",
 )
+
+
+def measured_metrics(recipe: Recipe) -> set[str]:
+    """Those of METRICS that a recipe's `evaluate` section has measured."""
+    settings = recipe.evaluate
+    found: set[str] = set()
+    if settings.reasoning is not None:
+        found |= {"reasoning_loss"}
+        found |= {"right_answers", "answer_tokens"} if settings.generate else set()
+    if settings.agent is not None:
+        found |= {"agent_loss", "format_divergence"}
+        found |= {"tool_calls", "exact_tool_calls"} if settings.generate else set()
+    return found
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model that is measured: a checkpoint, or a checkpoint with an edit laid over it.
+
+    Attributes:
+        identity: what its measurements are kept under.
+        folder: the checkpoint.
+        edit: gives the edited tensors of a slot; None leaves the checkpoint as it is.
+        loaded: a walk of the checkpoint that has the edit in it already, where there is one.
+    """
+
+    identity: str
+    folder: Path
+    edit: Edit | None = None
+    loaded: LayerStream | None = None
+
+    @contextmanager
+    def stream(self, ctx: Context, *, resident: bool | None = None) -> Iterator[LayerStream]:
+        """The model's walk; `resident` asks for one that does (not) keep the weights."""
+        if self.loaded is not None and resident in (None, self.loaded.resident):
+            yield self.loaded
+            return
+        stream = LayerStream(
+            Checkpoint.open(self.folder),
+            device=ctx.torch_device,
+            compute=ctx.compute_dtype,
+            resident=resident,
+        )
+        if self.edit is None:
+            yield stream
+            return
+        with stream.edited(self.edit):
+            yield stream
+
+
+def model_of(folder: Path, memo: DigestMemo) -> Model:
+    """A checkpoint folder as it is, known by its content."""
+    return Model(behaviour_identity(folder, memo), folder)
 
 
 @dataclass(frozen=True)
@@ -141,16 +194,15 @@ def evaluate_ref(ctx: Context, apply_key: str, sets: EvaluationSets) -> Ref:
     return Ref(STAGE, VERSION, measured.config, inputs)
 
 
-def build_evaluate(ctx: Context, ref: Ref, apply: Ref, sets: EvaluationSets) -> Built:
+def build_evaluate(ctx: Context, ref: Ref, sets: EvaluationSets) -> Built:
     """Make or find the comparison of base, donor and merged."""
 
     def write(draft: Draft) -> None:
         ensure_heldout(ctx, sets)
-        models = {"base": ctx.base, "donor": ctx.donor, "merged": ctx.output}
-        result = compare(ctx, models, sets)
-        predicted = read_edit(ctx.store.open(apply)).predicted
-        result["gate"] = gate_check(result, predicted)
-        write_comparison(result, draft)
+        memo = DigestMemo(ctx.store.root)
+        folders = {"base": ctx.base, "donor": ctx.donor, "merged": ctx.output}
+        models = {name: model_of(folder, memo) for name, folder in folders.items()}
+        write_comparison(compare(ctx, models, sets), draft)
 
     return ctx.store.build(ref, SCHEMA, write)
 
@@ -173,18 +225,18 @@ def write_comparison(result: dict[str, Any], draft: Draft) -> None:
         unit.meta |= result
 
 
-def compare(ctx: Context, models: Mapping[str, Path], sets: EvaluationSets) -> dict[str, Any]:
+def measured(ctx: Context, model: Model, sets: EvaluationSets) -> Artifact:
+    """A model's measurements, made if they are missing."""
+    ref = measure_ref(ctx, model.identity, sets)
+    ctx.store.build(ref, MEASURE_SCHEMA, lambda draft: write_measurements(ctx, model, sets, draft))
+    return ctx.store.open(ref)
+
+
+def compare(ctx: Context, models: Mapping[str, Model], sets: EvaluationSets) -> dict[str, Any]:
     """Measure every model and put the metrics side by side; "base" must be among them."""
-    memo = DigestMemo(ctx.store.root)
     opened: dict[str, Artifact] = {}
-    for number, (name, folder) in enumerate(models.items()):
-        ref = measure_ref(ctx, behaviour_identity(folder, memo), sets)
-
-        def write(draft: Draft, folder: Path = folder) -> None:
-            write_measurements(ctx, folder, sets, draft)
-
-        ctx.store.build(ref, MEASURE_SCHEMA, write)
-        opened[name] = ctx.store.open(ref)
+    for number, (name, model) in enumerate(models.items()):
+        opened[name] = measured(ctx, model, sets)
         ctx.progress(STAGE, number + 1, len(models), "models")
     tokenizer = load_tokenizer(ctx.base)
     truths = {name: read_set(ctx.store.open(sets.refs[name])) for name in sets.heldout()}
@@ -213,11 +265,20 @@ def gate_check(result: Mapping[str, Any], predicted: Mapping[str, float]) -> dic
     return {"predicted": known, "realised": realised}
 
 
-def write_measurements(ctx: Context, folder: Path, sets: EvaluationSets, draft: Draft) -> None:
+def write_measurements(ctx: Context, model: Model, sets: EvaluationSets, draft: Draft) -> None:
     """Unit of work: one set's losses, one set's answers."""
-    checkpoint = Checkpoint.open(folder)
+    with model.stream(ctx) as stream:
+        _write_losses(ctx, stream, sets, draft)
+        if not ctx.recipe.evaluate.generate or stream.resident:
+            _write_answers(ctx, stream, sets, draft)
+            return
+    # Decoding holds the whole model: in place of the walk, not beside it.
+    with model.stream(ctx, resident=True) as stream:
+        _write_answers(ctx, stream, sets, draft)
+
+
+def _write_losses(ctx: Context, stream: LayerStream, sets: EvaluationSets, draft: Draft) -> None:
     tokenizer = load_tokenizer(ctx.base)
-    stream = LayerStream(checkpoint, device=ctx.torch_device, compute=ctx.compute_dtype)
     for name, ref in sets.refs.items():
         if draft.done(name):
             continue
@@ -231,9 +292,6 @@ def write_measurements(ctx: Context, folder: Path, sets: EvaluationSets, draft: 
                 chosen = format_positions(ctx, tokenizer, tokens)
                 rows = [s[p] for s, p in zip(states, chosen, strict=True)]
                 unit.write("format_states", torch.cat(rows).float())
-    del stream
-    if ctx.recipe.evaluate.generate:
-        _write_answers(ctx, folder, sets, tokenizer, draft)
 
 
 def format_positions(ctx: Context, tokenizer: Any, tokens: TokenSet) -> list[Tensor]:
@@ -255,30 +313,28 @@ def format_positions(ctx: Context, tokenizer: Any, tokens: TokenSet) -> list[Ten
     return found
 
 
-def _write_answers(
-    ctx: Context, folder: Path, sets: EvaluationSets, tokenizer: Any, draft: Draft
-) -> None:
+def _write_answers(ctx: Context, stream: LayerStream, sets: EvaluationSets, draft: Draft) -> None:
     settings = ctx.recipe.evaluate
-    model = None
-    for name in sets.heldout():
-        if draft.done(f"answers.{name}"):
-            continue
-        if model is None:
-            model = load_resident(folder, ctx.torch_device, ctx.compute_dtype)
-        prompts = _prompts(read_set(ctx.store.open(sets.refs[name])))[: settings.generate]
-        answers: list[list[int]] = []
-        for first in range(0, len(prompts), GENERATE_BATCH):
-            answers += decode_greedily(
-                model,
-                prompts[first : first + GENERATE_BATCH],
-                max_new_tokens=settings.max_new_tokens,
-                pad=tokenizer.pad_token_id,
-                eos=tokenizer.eos_token_id,
-            )
-            ctx.progress(STAGE, len(answers), len(prompts), f"{name} answers")
-        with draft.unit(f"answers.{name}") as unit:
-            unit.write("token_ids", torch.tensor([i for a in answers for i in a]))
-            unit.write("offsets", offsets_of(answers))
+    missing = [name for name in sets.heldout() if not draft.done(f"answers.{name}")]
+    if not (settings.generate and missing):
+        return
+    tokenizer = load_tokenizer(ctx.base)
+    with stream.whole() as model:
+        for name in missing:
+            prompts = _prompts(read_set(ctx.store.open(sets.refs[name])))[: settings.generate]
+            answers: list[list[int]] = []
+            for first in range(0, len(prompts), GENERATE_BATCH):
+                answers += decode_greedily(
+                    model,
+                    prompts[first : first + GENERATE_BATCH],
+                    max_new_tokens=settings.max_new_tokens,
+                    pad=tokenizer.pad_token_id,
+                    eos=tokenizer.eos_token_id,
+                )
+                ctx.progress(STAGE, len(answers), len(prompts), f"{name} answers")
+            with draft.unit(f"answers.{name}") as unit:
+                unit.write("token_ids", torch.tensor([i for a in answers for i in a]))
+                unit.write("offsets", offsets_of(answers))
 
 
 def _prompts(tokens: TokenSet) -> list[list[int]]:
@@ -315,7 +371,7 @@ def _metrics(
 @torch.no_grad()
 def _add_divergence(
     ctx: Context,
-    models: Mapping[str, Path],
+    models: Mapping[str, Model],
     opened: Mapping[str, Artifact],
     found: dict[str, dict[str, float]],
 ) -> None:
@@ -326,8 +382,8 @@ def _add_divergence(
     if not states["base"].shape[0]:
         return
     reference = _log_probabilities(ctx, models["base"], states["base"])
-    for name, folder in models.items():
-        others = _log_probabilities(ctx, folder, states[name])
+    for name, model in models.items():
+        others = _log_probabilities(ctx, model, states[name])
         total = 0.0
         for ours, theirs in zip(reference, others, strict=True):
             total += float((ours.exp() * (ours - theirs)).sum(dtype=torch.float64))
@@ -335,13 +391,10 @@ def _add_divergence(
         found[name]["format_divergence"] = max(0.0, total / states["base"].shape[0])
 
 
-def _log_probabilities(ctx: Context, folder: Path, states: Tensor) -> list[Tensor]:
+def _log_probabilities(ctx: Context, model: Model, states: Tensor) -> list[Tensor]:
     """Log-probabilities of the next token from last-layer states [n, d], in blocks."""
-    stream = LayerStream(
-        Checkpoint.open(folder), device=ctx.torch_device, compute=ctx.compute_dtype
-    )
     blocks = []
-    with stream.head():
+    with model.stream(ctx) as stream, stream.head():
         for block in torch.split(states, POSITION_BLOCK):
             hidden = block[None].to(device=ctx.torch_device, dtype=ctx.compute_dtype)
             positions = torch.arange(block.shape[0], device=ctx.torch_device)
@@ -364,7 +417,8 @@ def build_checkpoint_comparison(
 
     def write(draft: Draft) -> None:
         ensure_heldout(ctx, sets)
-        models = {"base": ctx.base, "donor": ctx.donor, "checkpoint": checkpoint}
+        folders = {"base": ctx.base, "donor": ctx.donor, "checkpoint": checkpoint}
+        models = {name: model_of(folder, memo) for name, folder in folders.items()}
         write_comparison(compare(ctx, models, sets), draft)
 
     built = ctx.store.build(ref, SCHEMA, write)

@@ -98,6 +98,19 @@ def holds(folder: Path, key: str, plan: list[Shard]) -> bool:
     )
 
 
+def check_place(folder: Path, inputs: Mapping[str, Path]) -> None:
+    """Refuse an output folder that is a file, or that is, holds or lies in an input.
+
+    Raises:
+        OutputError: with the input's role.
+    """
+    for role, path in inputs.items():
+        if folder == path or folder in path.parents or path in folder.parents:
+            raise OutputError(f"{folder}: the output would overwrite the {role} {path}")
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"{folder}: the output is a folder, this is a file")
+
+
 def check_output(folder: Path, inputs: Mapping[str, Path], *, key: str, force: bool) -> None:
     """Refuse an output that would destroy something.
 
@@ -109,13 +122,9 @@ def check_output(folder: Path, inputs: Mapping[str, Path], *, key: str, force: b
     Raises:
         OutputError: it is, holds or lies in an input; or it exists and is another thing.
     """
-    for role, path in inputs.items():
-        if folder == path or folder in path.parents or path in folder.parents:
-            raise OutputError(f"{folder}: the output would overwrite the {role} {path}")
+    check_place(folder, inputs)
     if not folder.exists():
         return
-    if not folder.is_dir():
-        raise OutputError(f"{folder}: the output is a folder, this is a file")
     if not any(folder.iterdir()):
         return
     found = provenance(folder)

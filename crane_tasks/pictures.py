@@ -1,7 +1,8 @@
 """The report's pictures, as PNG bytes."""
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
@@ -10,12 +11,18 @@ from matplotlib.figure import Figure
 
 from artifacts.store import Artifact
 from crane_tasks.apply import EditReport
+from crane_tasks.choice import Choice, Metrics, Point, Requirement
 from crane_tasks.numerics.projector import STEEPNESS
 from crane_tasks.scores import Scores
 
 DPI = 110
 # A picture with a line per layer of a 48-layer model would be a blur: this many are shown.
 LINES = 8
+# Points of a sweep that all have their names beside them; of more, the front's alone.
+NAMED = 12
+# Losses that differ by so much would lie on one another on a linear axis.
+MANIFOLD = 10
+RATES = ("tool_calls",)  # shown in percent
 
 
 def _png(figure: Figure) -> bytes:
@@ -151,3 +158,78 @@ def draw_all(
         "spectrum": ("Singular spectrum and protection per site", spectrum(projector, tau)),
         "edit": ("Edit size and survival per component", edit_bars(edit)),
     }
+
+
+def trade_off(
+    points: Sequence[Point],
+    choice: Choice,
+    requirements: Sequence[Requirement],
+    models: Mapping[str, Metrics],
+    titles: Mapping[str, str],
+) -> bytes:
+    """The points of a sweep by the two metrics of its front, which is drawn as a line.
+
+    Base and donor are shown where they lie, bounds that are required as dotted lines.
+    """
+    objective, other = choice.axes
+    figure = Figure(figsize=(8.0, 5.2))
+    axes = figure.subplots()
+
+    def place(metrics: Metrics) -> tuple[float, float]:
+        scale = 100.0 if other in RATES else 1.0
+        return scale * metrics.get(other, np.nan), metrics.get(objective, np.nan)
+
+    spots = np.array([place(p.metrics) for p in points], dtype=float)
+    alphas = [p.alpha for p in points]
+    x, y = spots.T
+    front = spots[choice.front].T
+    axes.plot(front[0], front[1], color="#c0392b", lw=1.2, zorder=1, label="Pareto front")
+    axes.scatter(front[0], front[1], 110, "none", edgecolor="#c0392b", lw=1.4, zorder=4)
+    dots = axes.scatter(x, y, 46, alphas, cmap="viridis", zorder=3, edgecolor="white")
+    if choice.best is not None:
+        label, (bx, by) = f"best: {points[choice.best]}", spots[choice.best]
+        axes.scatter(bx, by, 330, "#f1c40f", marker="*", zorder=2.5, edgecolor="black", label=label)
+    for name, marker in (("base", "s"), ("donor", "D")):
+        if name in models:
+            mx, my = place(models[name])
+            axes.scatter(mx, my, 40, "none", marker=marker, edgecolor="grey", label=name)
+    for bound in requirements:
+        _bound_line(axes, bound, choice.axes)
+    losses = y[np.isfinite(y)]
+    if losses.min() > 0 and losses.max() > MANIFOLD * losses.min():
+        axes.set_yscale("log")
+    axes.margins(0.16, 0.08)
+    _name_points(axes, points, choice, spots)
+    axes.set(xlabel=f"{titles[other]}{' (%)' if other in RATES else ''}",
+             ylabel=titles[objective])  # fmt: skip
+    if len(set(alphas)) > 1:
+        figure.colorbar(dots, ax=axes, label="alpha")
+    axes.legend(fontsize=8)
+    named = " / ".join(["alpha", "tau", *points[0].changes])
+    axes.set_title(f"{titles[objective]} against {titles[other]}; labels: {named}", fontsize=10)
+    return _png(figure)
+
+
+def _bound_line(axes: Any, bound: Requirement, metrics: Sequence[str]) -> None:
+    objective, other = metrics
+    style: dict[str, Any] = {"color": "black", "lw": 0.8, "ls": ":", "label": str(bound)}
+    if bound.metric == objective:
+        axes.axhline(bound.bound, **style)
+    elif bound.metric == other:
+        axes.axvline(bound.bound * (100.0 if other in RATES else 1.0), **style)
+
+
+def _name_points(axes: Any, points: Sequence[Point], choice: Choice, spots: np.ndarray) -> None:
+    """Names beside the points; those that lie in one place share one text."""
+    chosen = range(len(points)) if len(points) <= NAMED else choice.front
+    texts: dict[tuple[float, ...], list[str]] = {}
+    for i in chosen:
+        if np.isfinite(spots[i]).all():
+            values = (points[i].alpha, points[i].tau, *points[i].changes.values())
+            text = " / ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in values)
+            texts.setdefault(tuple(spots[i]), []).append(text)
+    # By turns on either side: rates crowd at 100 %, one above the other.
+    for number, (spot, names) in enumerate(sorted(texts.items(), key=lambda item: item[0][1])):
+        side, align = ((-9, "right"), (9, "left"))[number % 2]
+        axes.annotate("\n".join(names), spot, xytext=(side, 0), textcoords="offset points",
+                      ha=align, va="center", fontsize=7)  # fmt: skip

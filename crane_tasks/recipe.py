@@ -218,11 +218,15 @@ def _set_dotted(data: dict[str, Any], assignment: str) -> None:
         value = yaml.safe_load(text) if text else None
     except yaml.YAMLError as error:
         raise RecipeError(f"--set {assignment}: the value is not YAML: {error}") from error
+    _put(data, path, value, f"--set {assignment}")
+
+
+def _put(data: dict[str, Any], path: str, value: Any, what: str) -> None:
     *parents, last = path.split(".")
     for parent in parents:
         child = data.setdefault(parent, {})
         if not isinstance(child, dict):
-            raise RecipeError(f"--set {assignment}: {parent} is no section")
+            raise RecipeError(f"{what}: {parent} is no section")
         data = child
     data[last] = value
 
@@ -258,6 +262,19 @@ def recipe_from(data: Mapping[str, Any], folders: tuple[Path, ...], what: str) -
         raise RecipeError(_message(error, what)) from error
     recipe._folders = folders
     return recipe
+
+
+def changed(recipe: Recipe, changes: Mapping[str, Any], what: str) -> Recipe:
+    """The recipe with other values for some fields, given by dotted path.
+
+    Raises:
+        RecipeError: a path leads through no section, a key is unknown, a value out of range;
+            the message names `what`.
+    """
+    data = recipe.model_dump(mode="json", exclude_unset=True)
+    for path, value in changes.items():
+        _put(data, path, value, what)
+    return recipe_from(data, recipe._folders, what)
 
 
 def load_recipe(

@@ -1,7 +1,6 @@
 """The `crane` command: parse, call, print. Heavy imports wait until a command needs them."""
 
 import json
-import math
 import os
 import sys
 from collections.abc import Callable
@@ -85,17 +84,10 @@ def _guarded(work: "Callable[[View], Any]", *, debug: bool) -> Any:
         raise typer.Exit(FAILED) from None
 
 
-def _finite(value: Any) -> Any:
-    """JSON knows no NaN and no infinity: null."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def _print_json(value: Any) -> None:
-    sys.stdout.write(json.dumps(_finite(value), allow_nan=False) + "\n")
+    from crane_tasks.finite import finite
+
+    sys.stdout.write(json.dumps(finite(value), allow_nan=False) + "\n")
 
 
 @app.command()
@@ -211,55 +203,62 @@ def scores(
     _guarded(work, debug=debug)
 
 
-def _numbers(text: str, option: str) -> list[float]:
-    from crane_tasks.errors import RecipeError
-
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        raise RecipeError(f"{option} {text}: write numbers with commas between") from None
-
-
 @app.command()
 def sweep(
     recipe: RecipeArgument,
     alpha: Annotated[str | None, typer.Option("--alpha", help="Comma-separated.")] = None,
     tau: Annotated[str | None, typer.Option("--tau", help="Comma-separated.")] = None,
+    fields: Annotated[
+        list[str],
+        typer.Option(
+            "--set-grid", metavar="PATH=VALUE,VALUE", help="Another axis: any recipe field."
+        ),
+    ] = [],  # noqa: B006
+    require: Annotated[
+        list[str],
+        typer.Option("--require", metavar="METRIC>=NUMBER", help="What the best point must keep."),
+    ] = [],  # noqa: B006
+    write: Annotated[
+        str | None, typer.Option("--write", metavar="best", help="Merge the best point.")
+    ] = None,
     assignments: SetOption = [],  # noqa: B006
     output: Annotated[
-        Path | None, typer.Option("--output", help="Folder for one checkpoint per point.")
+        Path | None, typer.Option("--output", help="Folder of the sweep's report.")
     ] = None,
     store: StoreOption = None,
     as_json: JsonOption = False,
     force: ForceOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Merge and evaluate every point of a grid of alpha and tau."""
+    """Measure every point of a grid in memory; write a checkpoint of the best alone, if asked."""
 
     def work(view: "View") -> None:
+        from flows.grid import read_numbers
         from flows.opening import open_recipe
         from flows.sweep import sweep as run
 
         loaded, place = open_recipe(recipe, assignments, store=store)
-        alphas = _numbers(alpha, "--alpha") if alpha else [loaded.alpha]
-        taus = _numbers(tau, "--tau") if tau else [loaded.tau]
-        folder = output.expanduser().absolute() if output else None
-        points = run(
+        found = run(
             loaded,
             place,
-            alphas,
-            taus,
-            folder=folder,
+            read_numbers(alpha, "--alpha") if alpha is not None else (),
+            read_numbers(tau, "--tau") if tau is not None else (),
+            fields=fields,
+            require=require,
+            write=write,
+            folder=output.expanduser().absolute() if output else None,
             progress=view.progress,
             notice=view.notice,
             call=view.timed,
             force=force,
         )
         if as_json:
-            found = [point.as_json() for point in points]
-            _print_json({"name": loaded.name, "points": found})
+            _print_json(found.as_json())
         else:
-            view.points(points)
+            view.points(found)
+        if found.problem:
+            view.problem(found.problem)
+            raise typer.Exit(FAILED)
 
     _guarded(work, debug=debug)
 

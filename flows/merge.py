@@ -37,6 +37,7 @@ from crane_tasks.evaluate import (
     build_evaluate,
     evaluate_ref,
     evaluation_sets,
+    gate_check,
     heldout_section,
     read_comparison,
 )
@@ -113,7 +114,7 @@ def all_refs(ctx: Context) -> Refs:
 def check_cheap(ctx: Context, refs: Refs, *, force: bool) -> None:
     """Everything about data and output that is known to be wrong before weights are read."""
     there = check_destination(ctx, refs.apply, force=force)
-    check_room(_disk_needs(ctx, refs, written=there and ctx.store.has(refs.apply)))
+    check_room(disk_needs(ctx, refs, written=there and ctx.store.has(refs.apply)))
     check_baseline(ctx)
     if not ctx.store.has(refs.apply):
         check_rows(ctx)
@@ -132,7 +133,7 @@ def check_data(ctx: Context, refs: Refs) -> None:
             check_prompts(ctx, section, refs.sets.refs[name])
 
 
-def _disk_needs(ctx: Context, refs: Refs, *, written: bool) -> list[tuple[Path, int, str]]:
+def disk_needs(ctx: Context, refs: Refs, *, written: bool) -> list[tuple[Path, int, str]]:
     """What the missing stages will write, in bytes; small artifacts are left out.
 
     What an interrupted stage has in its draft already is not counted again.
@@ -210,16 +211,25 @@ def build_gate(ctx: Context, refs: Refs, call: Call) -> list[Built]:
     ]
 
 
-def build_all(ctx: Context, refs: Refs, call: Call, *, force: bool) -> list[Built]:
-    """All seven stages."""
+def build_inputs(ctx: Context, refs: Refs, call: Call) -> list[Built]:
+    """All that the edit is made of: the stages before `apply`."""
     r = refs
     built = build_gate(ctx, refs, call)
     _scores(ctx, refs)  # a baseline without gain shows here, not after the projector
-    built += [
+    return [
+        *built,
         call("threshold", build_threshold, ctx, r.threshold, r.delta),
         call("projector", build_projector, ctx, r.projector, r.calibration.format),
+    ]
+
+
+def build_all(ctx: Context, refs: Refs, call: Call, *, force: bool) -> list[Built]:
+    """All seven stages."""
+    r = refs
+    built = [
+        *build_inputs(ctx, refs, call),
         call("apply", _build_apply, ctx, r.apply, r.inputs, r.gradients, force),
-        call("evaluate", build_evaluate, ctx, r.evaluate, r.apply, r.sets),
+        call("evaluate", build_evaluate, ctx, r.evaluate, r.sets),
     ]
     return sorted(built, key=lambda b: STAGES.index(b.ref.stage))
 
@@ -280,7 +290,8 @@ def _collect(merged: Merged) -> Merged:
         component: {"survived": sums.survived, "cosine": sums.cosine}
         for component, sums in edit.components.items()
     }
-    merged.evaluation = read_comparison(ctx.store.open(refs.evaluate))
+    compared = read_comparison(ctx.store.open(refs.evaluate))
+    merged.evaluation = compared | {"gate": gate_check(compared, edit.predicted)}
     facts = Facts(
         ctx=ctx,
         stages=[stage_json(b) for b in merged.stages],

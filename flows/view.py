@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from crane_tasks.scores import Scores
     from flows.merge import Merged
     from flows.plan import Plan
-    from flows.sweep import Point
+    from flows.sweep import Sweep
 
 
 class View:
@@ -139,16 +139,18 @@ class View:
         self.out.print(f"Output: {plan.output}\nStore:  {plan.store}", soft_wrap=True)
         self.out.print("Memory and time are estimates; disk is what the stage will write.")
 
-    def points(self, points: "Sequence[Point]") -> None:
-        """The table of a sweep."""
-        from crane_tasks.report import TITLES, shown
+    def points(self, found: "Sweep") -> None:
+        """The table of a sweep, its front marked."""
+        from crane_tasks.sweep_report import point_rows
 
-        metrics = [m for m in TITLES if any(m in p.metrics for p in points)]
-        rows = [
-            [f"{p.alpha:g}", f"{p.tau:g}", *(shown(m, p.metrics.get(m)) for m in metrics)]
-            for p in points
-        ]
-        self._table("Sweep", ["alpha", "tau", *(TITLES[m] for m in metrics)], rows)
+        head, rows = point_rows(found.points, found.choice, found.models)
+        self._table("Sweep: ● Pareto front, ★ best", head, rows)
+        for point in found.points:
+            if point.error is not None:
+                self.out.print(f"[red]failed[/red] {_plain(f'{point}: {point.error}')}")
+        if found.written:
+            self.out.print(f"Merged checkpoint: {found.written}", soft_wrap=True)
+        self.out.print(f"Report:            {found.report}", soft_wrap=True)
 
     def listing(self, records: list[dict[str, Any]]) -> None:
         """The artifacts of a store."""

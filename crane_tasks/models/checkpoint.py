@@ -182,6 +182,15 @@ class Checkpoint:
             return [(found[0].name, found[1])]
         return [(t, expert) for expert in range(entry.shape[0]) for t in templates]
 
+    def slots_of(self, name: str) -> tuple[str, ...]:
+        """The slots that a parameter of the transformers module is made of, in order of rows.
+
+        A fused parameter [E, rows, columns] has its slots one below the other in each expert.
+        """
+        if name == "lm_head.weight" and self.tied:
+            return ("model.embed_tokens.weight",)
+        return self.layout.fused_match(name) or (name,)
+
     def source(self, name: str) -> Source:
         """Where a parameter or buffer of the transformers module lies in the files.
 

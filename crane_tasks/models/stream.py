@@ -9,7 +9,7 @@ injected, so that embedding, final norm, head and soft-capping stay the library'
 import ctypes
 import math
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -49,6 +49,9 @@ TOKENS = {"cpu": 1024, "streamed": 4096, "resident": 16384}
 
 # Lists of hidden states that are on a device at once where the rest is in host memory.
 IN_USE = 6
+
+# The edited tensors of a slot as they would be stored, one per expert (one of a plain slot).
+Edit = Callable[[str], Iterable[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -228,6 +231,26 @@ def _give_back_memory() -> None:
         trim(0)
 
 
+def _generation_config(checkpoint: Checkpoint) -> Any:
+    """As `from_pretrained` makes it: from its own file, or else from the model's config.
+
+    Raises:
+        CheckpointError: the file says what transformers does not take.
+    """
+    from transformers import GenerationConfig
+
+    make: Any = GenerationConfig
+    folder = checkpoint.folder
+    try:
+        try:
+            return make.from_pretrained(folder)
+        except OSError:
+            own = {"config_file_name": "config.json", "_from_model_config": True}
+            return make.from_pretrained(folder, **own)
+    except CONFIG_ERRORS as error:
+        raise CheckpointError(f"{folder}: no generation config can be made: {error}") from error
+
+
 def _give_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
     for name, tensor in weights.items():
         owner, _, leaf = name.rpartition(".")
@@ -265,6 +288,7 @@ class LayerStream:
         self.resident = fits(checkpoint, device, compute) if resident is None else resident
         self._loaded: set[int] = set()
         self._ahead: deque[int] = deque()
+        self._edit: Edit | None = None
         self._loader = Loader(device, reuse=not self.resident)
         self._model = skeleton(checkpoint, compute)
         self._load_buffers()
@@ -280,6 +304,8 @@ class LayerStream:
                 module._buffers[name] = buffer.cpu()
         self._model.requires_grad_(False)
         ends = {id(p) for m in (self._embedding, self._head) for p in m.parameters()}
+        everything = self._model.named_parameters(remove_duplicate=False)  # a tied head, too
+        self._ends = [n for n, p in everything if id(p) in ends]
         names = [n for n, p in self._model.named_parameters() if id(p) not in ends]
         self._assign(self._model, names, device)
         parameters = dict(self._model.named_parameters())
@@ -333,6 +359,7 @@ class LayerStream:
         sources = {name: self.checkpoint.source(name) for name in names}
         # A loader of its own: the layers' may be reading the next one.
         found = Loader(torch.device("cpu")).take(0, sources, self.compute)
+        self._lay_over(found)
         _give_weights(module, {name: tensor.to(device) for name, tensor in found.items()})
 
     @contextmanager
@@ -344,6 +371,11 @@ class LayerStream:
     @contextmanager
     def head(self) -> Iterator[None]:
         """Hold the output head's weights on the device."""
+        if self.resident and self.checkpoint.tied and self.device.type == "cpu":
+            with self.embedding():  # one copy of the weights serves both
+                self._head.register_parameter("weight", self._embedding.get_parameter("weight"))
+                yield
+            return
         with self._held(self._head, self.device):
             yield
 
@@ -424,8 +456,100 @@ class LayerStream:
             for other in self._loaded:
                 _drop_weights(self._layers[other])
             self._loaded.clear()
-        _give_weights(module, self._loader.take(index, self._sources(index), self.compute))
+        sources = self._sources(index)
+        found = self._loader.take(index, sources, self.compute)
+        self._lay_over({f"model.layers.{index}.{name}": found[name] for name in sources})
+        _give_weights(module, found)
         self._loaded.add(index)
+
+    @contextmanager
+    def edited(self, edit: Edit) -> Iterator[None]:
+        """Other weights than the checkpoint's, laid over them slot by slot.
+
+        What is in memory is overwritten in place, what is loaded later is overwritten as it
+        comes: first rounded to the stored dtype, as `edit` gives it, then to `compute`, as
+        if it had been read from a file. Afterwards, whatever happened, the checkpoint's own
+        bits are back: weights that stay are read again into their places.
+
+        Raises:
+            CheckpointError: they cannot be read again; the stream must not be used any more.
+        """
+        assert self._edit is None, "one edit at a time"
+        self._edit = edit
+        try:
+            self._let_go()
+            for group in self._in_memory():
+                self._lay_over(group)
+            yield
+        finally:
+            self._edit = None
+            self._let_go()
+            self._restore()
+
+    def _let_go(self) -> None:
+        """Drop the layers that are loaded again for each turn anyway."""
+        if not self.resident:
+            for index in self._loaded:
+                _drop_weights(self._layers[index])
+            self._loaded.clear()
+
+    def _in_memory(self) -> Iterator[dict[str, Tensor]]:
+        """The weights in memory by the model's names for them, a layer at a time."""
+        parameters = dict(self._model.named_parameters())
+        ends = {n: parameters[n].data for n in self._ends if n in parameters}
+        yield {n: p.data for n, p in self.outside.items()}
+        yield {n: tensor for n, tensor in ends.items() if not tensor.is_meta}
+        for index in sorted(self._loaded):
+            own = self._layers[index].named_parameters(prefix=f"model.layers.{index}")
+            yield {n: p.data for n, p in own}
+
+    def _lay_over(self, weights: Mapping[str, Tensor]) -> None:
+        """Overwrite weights by what the edit makes of their slots, if there is an edit."""
+        if self._edit is None:
+            return
+        for name, tensor in weights.items():
+            first = 0
+            # What a checkpoint only carries has no slot and stays as it is.
+            for slot in filter(self.checkpoint.slots.get, self.checkpoint.slots_of(name)):
+                stacked = self.checkpoint.slots[slot].stacked
+                rows = self.checkpoint.pieces[slot][0].shape[0] if stacked else 0
+                for expert, merged in enumerate(self._edit(slot)):
+                    place = tensor[expert, first : first + rows] if stacked else tensor
+                    place.copy_(merged)
+                first += rows
+
+    def _restore(self) -> None:
+        loader = Loader(self.device, reuse=True)
+        for number, group in enumerate(self._in_memory()):
+            sources = {name: self.checkpoint.source(name) for name in group}
+            found = loader.take(number, sources, self.compute)
+            for name, tensor in group.items():
+                tensor.copy_(found[name])
+
+    @contextmanager
+    def whole(self) -> Iterator[Any]:
+        """The transformers model itself, all its weights on the device, to decode with.
+
+        The weights are those of the walk, not another copy; the model ends answers as the
+        checkpoint's generation config says.
+        """
+        assert self.resident, "a model that is walked in turns is never whole"
+        decoder, model = self._model.model, self._model
+        with self.embedding(), self.head():
+            self.expect(range(self.num_layers))
+            for index in range(self.num_layers):
+                with self.layer(index):
+                    pass  # a resident layer stays
+            try:
+                decoder.layers = nn.ModuleList(self._layers)
+                self._embedding.to(self.device)
+                model.config.use_cache = True
+                model.generation_config = _generation_config(self.checkpoint)
+                yield model
+            finally:
+                self._embedding.cpu()
+                model.config.use_cache = False
+                decoder.layers = nn.ModuleList(self._stubs)
 
     def run(self, module: nn.Module, hidden: Tensor, call: LayerCall) -> Tensor:
         """One layer on one batch: state [B, T, d] in, state [B, T, d] out."""

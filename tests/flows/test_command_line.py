@@ -135,31 +135,6 @@ def test_scores_are_those_of_the_merge(bench: Bench) -> None:
     assert {s["status"] for s in found["stages"]} == {"reused"}
 
 
-def test_a_sweep_gives_every_point_its_own_output(bench: Bench) -> None:
-    found = bench.run("sweep", "--alpha", "0.5,0.25", "--tau", "0.03", "--output",
-                      bench.folder / "grid")  # fmt: skip
-    points = found["points"]
-    assert [(p["alpha"], p["tau"]) for p in points] == [(0.5, 0.03), (0.25, 0.03)]
-    outputs = [Path(p["output"]) for p in points]
-    assert len(set(outputs)) == 2 and all(o.parent == bench.folder / "grid" for o in outputs)
-    for point in points:
-        assert point["metrics"] == point["evaluation"]["models"]["merged"]
-        status = {s["name"]: s["status"] for s in point["stages"]}
-        assert status["scores"] == status["projector"] == "reused"
-    ours, theirs = load_tensors(outputs[0]), load_tensors(bench.output)
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-
-
-def test_a_bad_point_of_a_sweep_is_refused_before_the_first_is_computed(bench: Bench) -> None:
-    before = bench.artifacts()
-    ended = crane(bench.folder, "sweep", bench.pair.recipe_file, "--store", bench.store,
-                  "--alpha", "0.9,-1", "--output", bench.folder / "bad", "--json")  # fmt: skip
-    assert ended.code == 2 and "alpha" in ended.err and "Traceback" not in ended.err
-    assert bench.artifacts() == before
-    ended = crane(bench.folder, "sweep", bench.pair.recipe_file, "--alpha", "0.9;1")
-    assert ended.code == 2 and "--alpha 0.9;1" in ended.err
-
-
 def test_any_checkpoint_can_be_evaluated(bench: Bench) -> None:
     ended = crane(bench.folder, "evaluate", bench.output, "--recipe", bench.pair.recipe_file,
                   "--store", bench.store, "--json")  # fmt: skip

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from crane_tasks.models.activations import Sums, walk_activations
 from crane_tasks.models.checkpoint import Checkpoint
-from crane_tasks.models.gradients import Gradients, GradientWalk
+from crane_tasks.models.decode import decode_greedily, load_resident
+from crane_tasks.models.gradients import Gradients, GradientWalk, item_losses
 from crane_tasks.models.states import States
 from crane_tasks.models.stream import Item, LayerStream
 from crane_tasks.numerics.gate import gain_sums
@@ -176,3 +177,39 @@ def test_rounding_thresholds_and_projection_do_not_depend_on_the_device() -> Non
     torch.backends.cuda.matmul.allow_tf32 = False
     there = project(values.to(CUDA), directions.to(CUDA), weight.to(CUDA)).cpu()
     torch.testing.assert_close(there, project(values, directions, weight), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ["qwen3", "qwen3_moe"])  # with and without a tied head
+@pytest.mark.parametrize("resident", [True, False])
+def test_an_edit_is_laid_over_on_the_device_and_taken_off_again(
+    architecture: str, resident: bool, pairs: Callable[[str], Any]
+) -> None:
+    pair = pairs(architecture)
+    donor = Checkpoint.open(pair.donor)
+
+    def opened(folder: Path) -> LayerStream:
+        return LayerStream(
+            Checkpoint.open(folder), device=torch.device(CUDA), compute=torch.bfloat16,
+            resident=resident,
+        )  # fmt: skip
+
+    def losses(stream: LayerStream) -> list[float]:
+        return item_losses(stream, _items(1), lambda step: None)[0]
+
+    def answers(stream: LayerStream) -> list[list[int]]:
+        with stream.whole() as model:
+            return decode_greedily(model, [[9, 10, 11], [200]], max_new_tokens=8, pad=0, eos=2)
+
+    stream, other = opened(pair.base), opened(pair.donor)
+    own, wanted = losses(stream), losses(other)
+    assert own != wanted
+    for _ in range(2):
+        with stream.edited(lambda slot: (piece.read() for piece in donor.pieces[slot])):
+            assert losses(stream) == wanted
+            if resident:
+                assert answers(stream) == answers(other)
+        assert losses(stream) == own
+    if resident:
+        model = load_resident(pair.base, torch.device(CUDA), torch.bfloat16)
+        said = decode_greedily(model, [[9, 10, 11], [200]], max_new_tokens=8, pad=0, eos=2)
+        assert answers(stream) == said

@@ -1,0 +1,179 @@
+"""Choosing among the points of a sweep: what is required, the Pareto front, the best."""
+
+import math
+import operator
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from crane_tasks.context import point_name
+from crane_tasks.errors import RecipeError
+from crane_tasks.evaluate import METRICS
+
+OPERATORS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
+REQUIREMENT = re.compile(r"\s*(\w+)\s*(>=|<=|>|<)\s*(\S+)\s*")
+OBJECTIVE = "reasoning_loss"
+# What is traded against the objective: the first of these that was measured, and its sign
+# where more is better.
+COUNTERPARTS = {"tool_calls": 1, "agent_loss": -1, "format_divergence": -1}
+Metrics = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Requirement:
+    """A bound that a metric of the merged model must keep."""
+
+    metric: str
+    comparison: str
+    bound: float
+
+    def __str__(self) -> str:
+        return f"{self.metric} {self.comparison} {self.bound:g}"
+
+    def met(self, metrics: Metrics) -> bool:
+        """Whether it is kept; what could not be measured keeps nothing."""
+        value = metrics.get(self.metric, math.nan)
+        return bool(OPERATORS[self.comparison](value, self.bound))
+
+    def gap(self, metrics: Metrics) -> float:
+        """How much is missing: 0 if it is met, infinite if nothing was measured."""
+        if self.met(metrics):
+            return 0.0
+        gap = abs(metrics.get(self.metric, math.nan) - self.bound)
+        return gap if math.isfinite(gap) else math.inf
+
+
+def read_requirement(text: str) -> Requirement:
+    """`tool_calls>=0.99`, say.
+
+    Raises:
+        RecipeError: it is not METRIC, an operator and a number, or there is no such metric.
+    """
+    match = REQUIREMENT.fullmatch(text)
+    try:
+        bound = float(match[3]) if match else math.nan
+    except ValueError:
+        bound = math.nan
+    if match is None or not math.isfinite(bound):
+        raise RecipeError(
+            f"--require {text}: write METRIC>=NUMBER, with one of {' '.join(OPERATORS)}"
+        )
+    if match[1] not in METRICS:
+        raise RecipeError(
+            f"--require {text}: there is no metric '{match[1]}'; there are {', '.join(METRICS)}"
+        )
+    return Requirement(match[1], match[2], bound)
+
+
+@dataclass(frozen=True)
+class Point:
+    """A point of the grid and what was found there.
+
+    Attributes:
+        changes: other recipe fields than alpha and tau, by dotted path.
+        status: computed, resumed or reused; failed if it has no metrics but an `error`.
+        key: of its comparison in the store.
+        metrics: of the merged model.
+    """
+
+    alpha: float
+    tau: float
+    status: str
+    seconds: float
+    key: str
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Metrics = field(default_factory=dict)
+    error: str | None = None
+
+    @property
+    def name(self) -> str:
+        return point_name(self.alpha, self.tau, self.changes)
+
+    def __str__(self) -> str:
+        fields = {"alpha": self.alpha, "tau": self.tau, **self.changes}
+        return ", ".join(f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}"
+                         for k, v in fields.items())  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the points come to; places count through the points.
+
+    Attributes:
+        axes: the metrics of the front: the objective, then what is traded against it.
+        front: the points that no other one beats, by falling objective.
+        meets: whether each point keeps every requirement.
+        best: of those that do, the one with the lowest reasoning loss; then the most tool
+            calls, then the smallest alpha. None if there is none.
+    """
+
+    axes: tuple[str, ...]
+    front: list[int]
+    meets: list[bool]
+    best: int | None
+
+
+def choose(points: Sequence[Point], requirements: Sequence[Requirement]) -> Choice:
+    """Front and best of the points."""
+    axes = axes_of(points)
+    front = _front([_goodness(p.metrics, axes) for p in points]) if axes else []
+    front.sort(key=lambda i: -points[i].metrics[axes[0]])
+    meets = [p.error is None and all(r.met(p.metrics) for r in requirements) for p in points]
+    order = [i for i, p in enumerate(points) if meets[i] and math.isfinite(_value(p, OBJECTIVE))]
+    return Choice(axes, front, meets, min(order, key=lambda i: _rank(points[i]), default=None))
+
+
+def axes_of(points: Sequence[Point]) -> tuple[str, ...]:
+    """The metrics that a front is made of: those that any point has."""
+    measured = {name for p in points for name in p.metrics}
+    others = [name for name in COUNTERPARTS if name in measured][:1]
+    return tuple(name for name in (OBJECTIVE, *others) if name in measured)
+
+
+def _value(point: Point, metric: str) -> float:
+    return point.metrics.get(metric, math.nan)
+
+
+def _rank(point: Point) -> tuple[float, float, float]:
+    calls = _value(point, "tool_calls")
+    return _value(point, OBJECTIVE), -calls if calls == calls else 0.0, point.alpha
+
+
+def _goodness(metrics: Metrics, axes: Sequence[str]) -> tuple[float, ...]:
+    """The point's place, more being better on every axis; NaN where nothing was measured."""
+    return tuple(COUNTERPARTS.get(name, -1) * metrics.get(name, math.nan) for name in axes)
+
+
+def _front(places: Sequence[tuple[float, ...]]) -> list[int]:
+    """The places that no other one beats: nowhere worse, somewhere better."""
+    known = [i for i, place in enumerate(places) if all(map(math.isfinite, place))]
+    return [
+        i
+        for i in known
+        if not any(
+            places[j] != places[i] and all(map(operator.ge, places[j], places[i])) for j in known
+        )
+    ]
+
+
+def shortfall(points: Sequence[Point], requirements: Sequence[Requirement]) -> str:
+    """That no point keeps every requirement, and how near the best came."""
+    wanted = ", ".join(map(str, requirements))
+    sound = [p for p in points if p.error is None]
+    if not sound:
+        return f"No point could be measured: {points[0].error}"
+    near = min(sound, key=lambda p: (_distance(p, requirements), _rank(p)))
+    lacking = [
+        f"{r.metric} {_value(near, r.metric):.4g}"
+        + (f" ({r.gap(near.metrics):.2g} short)" if math.isfinite(r.gap(near.metrics)) else "")
+        for r in requirements
+        if not r.met(near.metrics)
+    ]
+    return f"No point meets {wanted}. Nearest: {near} with {', '.join(lacking)}."
+
+
+def _distance(point: Point, requirements: Sequence[Requirement]) -> float:
+    """How far a point is from what is required: the gaps, each relative to its bound."""
+    gaps = [(r.gap(point.metrics), abs(r.bound)) for r in requirements]
+    return sum(gap / bound if bound else gap for gap, bound in gaps)

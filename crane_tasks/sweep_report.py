@@ -1,0 +1,169 @@
+"""The report of a sweep: its points as JSON, CSV, Markdown and one HTML page with a picture."""
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from artifacts.store import write_atomically
+from crane_tasks.choice import Choice, Metrics, Point, Requirement
+from crane_tasks.errors import OutputError
+from crane_tasks.evaluate import METRICS
+from crane_tasks.finite import finite
+from crane_tasks.output import check_place
+from crane_tasks.pictures import trade_off
+from crane_tasks.recipe import Recipe
+from crane_tasks.report import TITLES, page, shown, table
+
+STEM = "sweep"
+PICTURE = f"{STEM}.png"
+FILES = (f"{STEM}.json", f"{STEM}.csv", f"{STEM}.md", f"{STEM}.html", PICTURE)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Everything the report tells.
+
+    Attributes:
+        models: metrics of base and donor.
+        planned: how many points the grid has, finished or not.
+        problem: why there is no best point, if there should be one.
+        record: the whole as JSON values.
+    """
+
+    recipe: Recipe
+    points: Sequence[Point]
+    choice: Choice
+    requirements: Sequence[Requirement]
+    models: Mapping[str, Metrics]
+    planned: int
+    problem: str | None
+    record: Mapping[str, Any]
+
+
+def check_sweep_folder(folder: Path, inputs: Mapping[str, Path]) -> None:
+    """Refuse a folder where the report would destroy something; an older report may go.
+
+    Args:
+        inputs: the folders that no output may touch, by role.
+
+    Raises:
+        OutputError: it is, holds or lies in an input, is a checkpoint, or has files of the
+            report's names that are no report.
+    """
+    check_place(folder, inputs)
+    if (folder / "config.json").exists():
+        raise OutputError(f"{folder}: is a checkpoint. Choose another --output for the sweep.")
+    there = [name for name in FILES if (folder / name).exists()]
+    if there and not _is_report(folder):
+        raise OutputError(
+            f"{folder}: holds a {there[0]} that is of no sweep. Choose another --output."
+        )
+
+
+def _is_report(folder: Path) -> bool:
+    try:
+        found = json.loads((folder / FILES[0]).read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and {"points", "pareto", "best"} <= found.keys()
+
+
+def point_rows(
+    points: Sequence[Point], choice: Choice, models: Mapping[str, Metrics]
+) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of the table: base and donor, then the points.
+
+    The first column marks the front with a dot and the best point with a star.
+    """
+    found = [*models.values(), *(p.metrics for p in points)]
+    metrics = [m for m in TITLES if any(m in one for one in found)]
+    paths = _paths(points)
+
+    def cells(one: Metrics) -> list[str]:
+        return [shown(m, one.get(m)) for m in metrics]
+
+    rows = [["", name, "", *("" for _ in paths), *cells(one)] for name, one in models.items()]
+    for place, point in enumerate(points):
+        mark = "★" if place == choice.best else "●" if place in choice.front else ""
+        values = [_text(point.changes.get(path)) for path in paths]
+        rows.append([mark, f"{point.alpha:g}", f"{point.tau:g}", *values, *cells(point.metrics)])
+    return ["", "alpha", "tau", *paths, *(TITLES[m] for m in metrics)], rows
+
+
+def _paths(points: Sequence[Point]) -> list[str]:
+    """The fields besides alpha and tau that the grid has."""
+    return list(dict.fromkeys(path for p in points for path in p.changes))
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def sweep_csv(points: Sequence[Point], choice: Choice) -> str:
+    """A line per point; an empty cell is what was not measured."""
+    paths, out = _paths(points), io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    own = ["pareto", "meets", "best", "status", "seconds", "key"]
+    writer.writerow(["alpha", "tau", *paths, *METRICS, *own])
+    for place, p in enumerate(points):
+        measured = [finite(p.metrics.get(m)) for m in METRICS]
+        flags = [place in choice.front, choice.meets[place], place == choice.best]
+        values = [_text(p.changes.get(path)) for path in paths]
+        last = [*(str(f).lower() for f in flags), p.status, round(p.seconds, 3), p.key]
+        writer.writerow([p.alpha, p.tau, *values, *measured, *last])
+    return out.getvalue()
+
+
+def sweep_markdown(facts: Facts, picture: str | None) -> str:
+    """The report's text; `picture` is the file of the picture, if there is one."""
+    points, choice = facts.points, facts.choice
+    head, rows = point_rows(points, choice, facts.models)
+    failed = [p for p in points if p.error is not None]
+    written = facts.record.get("written")
+    recipe = facts.recipe.published()
+    parts = [
+        f"# {facts.recipe.name}: sweep of {facts.planned} points",
+        f"{len(points)} of {facts.planned} points so far: the sweep is under way, or the same "
+        "command goes on." if len(points) < facts.planned else "",
+        table(head, rows),
+        "● Pareto front: no other point is better in one of "
+        f"{' and '.join(TITLES[a] for a in choice.axes)} and as good in the other. ★ best."
+        if len(choice.axes) > 1 else "",
+        f"Required: {', '.join(f'`{r}`' for r in facts.requirements)}."
+        if facts.requirements else "",
+        f"Best: **{points[choice.best]}**, the lowest reasoning loss of the points that may be "
+        "chosen." if choice.best is not None else facts.problem or "",
+        f"Written: `{Path(written).name}`" if written else "",
+        *(f"**Failed: {p}.** {p.error}" for p in failed),
+        f"![Reasoning loss against {TITLES[choice.axes[-1]]}]({picture})" if picture else "",
+        "## Recipe",
+        f"```yaml\n{yaml.safe_dump(recipe, sort_keys=False)}```",
+    ]  # fmt: skip
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def write_sweep_report(facts: Facts, folder: Path) -> Path:
+    """Write all FILES, each whole or not at all; returns the path of the HTML page."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / FILES[0], json.dumps(finite(facts.record), indent=2) + "\n")
+    write_atomically(folder / FILES[1], sweep_csv(facts.points, facts.choice))
+    pictures: dict[str, bytes] = {}
+    if len(facts.choice.axes) > 1 and facts.choice.front:
+        pictures[PICTURE] = trade_off(
+            facts.points, facts.choice, facts.requirements, facts.models, TITLES
+        )
+        part = folder / f".{PICTURE}.part"
+        part.write_bytes(pictures[PICTURE])
+        part.replace(folder / PICTURE)
+    else:
+        (folder / PICTURE).unlink(missing_ok=True)  # of an earlier sweep
+    text = sweep_markdown(facts, PICTURE if pictures else None)
+    write_atomically(folder / FILES[2], text)
+    write_atomically(folder / FILES[3], page(f"{facts.recipe.name}: sweep", text, pictures))
+    return folder / FILES[3]

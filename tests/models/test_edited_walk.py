@@ -1,0 +1,167 @@
+"""Other weights laid over a walk, and the walk's own model whole: no second copy of anything."""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ARCHITECTURES, MORE, TinyPair, load_tensors, save_tensors
+from torch import Tensor
+
+from crane_tasks.models.checkpoint import Checkpoint
+from crane_tasks.models.decode import decode_greedily, load_resident
+from crane_tasks.models.gradients import item_losses
+from crane_tasks.models.pace import Step
+from crane_tasks.models.stream import Edit, Item, LayerStream
+
+CPU = torch.device("cpu")
+PROMPTS = [[11, 12, 13, 14, 15, 16, 17, 18, 19], [200], [40, 41, 42], [9, 9, 300, 7, 9]]
+ITEMS = [Item(torch.arange(3, 3 + n) % 300, prompt, 0.5) for n, prompt in ((9, 4), (21, 5))]
+Pairs = Callable[[str], TinyPair]
+
+
+class Stopped(Exception):
+    """Stands for whatever ends an edit half way."""
+
+
+def quiet(step: Step) -> None:
+    """Shows no progress."""
+
+
+def opened(folder: Path, resident: bool | None = True, compute: str = "float32") -> LayerStream:
+    return LayerStream(
+        Checkpoint.open(folder), device=CPU, compute=getattr(torch, compute), resident=resident
+    )
+
+
+def towards(donor: Path) -> Edit:
+    """The edit whose result is the donor."""
+    checkpoint = Checkpoint.open(donor)
+
+    def edit(slot: str) -> Iterable[Tensor]:
+        return (piece.read() for piece in checkpoint.pieces[slot])
+
+    return edit
+
+
+def in_memory(stream: LayerStream) -> dict[str, Tensor]:
+    """Every parameter and buffer of a walk, copied."""
+    modules = {"": stream._model, **{f"layer {i}": m for i, m in enumerate(stream._layers)}}
+    return {
+        f"{place} {name}": tensor.detach().clone()
+        for place, module in modules.items()
+        for name, tensor in [*module.named_parameters(), *module.named_buffers()]
+    }
+
+
+def same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
+    return ours.keys() == theirs.keys() and all(
+        ours[n].is_meta == theirs[n].is_meta
+        and (ours[n].is_meta or torch.equal(ours[n].view(-1), theirs[n].view(-1)))
+        for n in ours
+    )
+
+
+def answers(stream: LayerStream) -> list[list[int]]:
+    with stream.whole() as model:
+        return decode_greedily(model, PROMPTS, max_new_tokens=12, pad=0, eos=2)
+
+
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, *MORE])
+def test_the_walks_own_model_answers_as_the_one_that_transformers_loads(
+    architecture: str, pairs: Pairs
+) -> None:
+    folder = pairs(architecture).base
+    stream = opened(folder)
+    before = item_losses(stream, ITEMS, quiet)[0]
+    model = load_resident(folder, CPU, torch.float32)
+    wanted = decode_greedily(model, PROMPTS, max_new_tokens=12, pad=0, eos=2)
+    assert answers(stream) == wanted
+    with stream.whole() as ours, torch.no_grad():
+        ids = torch.tensor([PROMPTS[0]])
+        assert torch.equal(ours(ids).logits, model(ids).logits)
+        names = {n for n, _ in model.named_parameters()}
+        assert {n for n, _ in ours.named_parameters()} == names
+    assert item_losses(stream, ITEMS, quiet)[0] == before
+
+
+@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
+def test_an_edited_walk_measures_what_the_written_checkpoint_does(
+    compute: str, tiny_pair: TinyPair
+) -> None:
+    wanted, states = item_losses(opened(tiny_pair.donor, compute=compute), ITEMS, quiet)
+    said = answers(opened(tiny_pair.donor, compute=compute))
+    own = item_losses(opened(tiny_pair.base, compute=compute), ITEMS, quiet)[0]
+    assert own != wanted
+    for resident in (True, False):
+        stream = opened(tiny_pair.base, resident, compute)
+        for _ in range(2):  # once with nothing in memory, once with what stayed
+            with stream.edited(towards(tiny_pair.donor)):
+                found, edited = item_losses(stream, ITEMS, quiet)
+                assert found == wanted
+                assert all(torch.equal(a, b) for a, b in zip(edited, states, strict=True))
+                if resident:
+                    assert answers(stream) == said
+            assert item_losses(stream, ITEMS, quiet)[0] == own
+
+
+@pytest.mark.parametrize("form", ["loaded before", "loaded in between", "streamed"])
+def test_every_bit_is_back_after_an_edit_and_after_a_failure(
+    form: str, tiny_pair: TinyPair
+) -> None:
+    stream = opened(tiny_pair.base, form != "streamed")
+    if form == "loaded before":
+        answers(stream)
+    fresh = opened(tiny_pair.base, form != "streamed")
+    if form != "streamed":
+        answers(fresh)
+    edit = towards(tiny_pair.donor)
+    with stream.edited(edit):
+        item_losses(stream, ITEMS, quiet)
+        if form != "streamed":
+            answers(stream)
+        assert not same(in_memory(stream), in_memory(fresh))
+    assert same(in_memory(stream), in_memory(fresh))
+
+    calls: list[str] = []
+
+    def failing(slot: str) -> Iterable[Tensor]:
+        calls.append(slot)
+        if len(calls) == 8:
+            raise Stopped
+        return edit(slot)
+
+    with pytest.raises(Stopped), stream.edited(failing):
+        item_losses(stream, ITEMS, quiet)
+    assert same(in_memory(stream), in_memory(fresh))
+    with pytest.raises(Stopped), stream.edited(edit):
+        item_losses(stream, ITEMS, quiet)
+        raise Stopped
+    assert same(in_memory(stream), in_memory(fresh))
+
+
+def test_what_is_only_carried_stays_the_checkpoints(pairs: Pairs) -> None:
+    """GLM's correction of the router is a buffer that no edit touches."""
+    pair = pairs("glm4_moe")
+    stream = opened(pair.base)
+    fresh = in_memory(stream)
+    with stream.edited(towards(pair.donor)):
+        item_losses(stream, ITEMS, quiet)
+        held = in_memory(stream)
+    buffers = [n for n in fresh if n.endswith("e_score_correction_bias")]
+    assert buffers and all(torch.equal(held[n], fresh[n]) for n in buffers)
+
+
+def test_a_tied_head_and_its_embedding_are_one_tensor(pairs: Pairs, tmp_path: Path) -> None:
+    """Also where the checkpoint stores the head beside the embedding."""
+    pair = pairs("qwen3").copy(tmp_path / "pair")
+    tensors = load_tensors(pair.base)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_tensors(pair.base, tensors)
+    stream = opened(pair.base)
+    wanted = item_losses(opened(pair.donor), ITEMS, quiet)[0]
+    with stream.edited(towards(pair.donor)):
+        assert item_losses(stream, ITEMS, quiet)[0] == wanted
+        with stream.whole() as model:
+            head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+            assert head.weight.data_ptr() == embedding.weight.data_ptr()
