@@ -2,7 +2,6 @@
 
 import base64
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +10,11 @@ from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.exceptions import PrefectException
 from prefect.logging import get_run_logger
 
-from crane_tasks.report import TITLES, evaluation_rows, shown
+from crane_tasks.report import evaluation_rows
 from crane_tasks.scores import Scores
+from crane_tasks.sweep_report import point_rows
 from flows.merge import Merged
-from flows.sweep import Point
+from flows.sweep import Sweep
 
 LARGEST_PICTURE = 375_000  # bytes of PNG: as base64 500 KB, beyond which the UI stalls
 _PICTURE = re.compile(r"!\[(?P<title>[^]]*)\]\((?P<file>[^)]+\.png)\)")
@@ -62,19 +62,19 @@ def publish_evaluation(name: str, evaluation: dict[str, Any]) -> None:
         _publish_table(artifact_key(name, "evaluation"), table, "What the models do")
 
 
-def publish_sweep(name: str, points: Sequence[Point]) -> None:
-    """The table of a grid."""
-    metrics = [m for m in TITLES if any(m in p.metrics for p in points)]
-    rows = [
-        {
-            "alpha": f"{p.alpha:g}",
-            "tau": f"{p.tau:g}",
-            **{TITLES[m]: shown(m, p.metrics.get(m)) for m in metrics},
-            "checkpoint": str(p.merged.ctx.output),
-        }
-        for p in points
-    ]
-    _publish_table(artifact_key(name, "sweep"), rows, "The points of the grid")
+def publish_sweep(found: Sweep) -> None:
+    """The report of a grid, and its table."""
+    name = found.recipe.name
+    if found.report is not None:
+        folder = found.report.parent
+        text = with_pictures((folder / "sweep.md").read_text(), folder)
+        text = f"{text}\nThis report: `{found.report}`\n"
+        if found.written is not None:
+            text = f"{text}\nCheckpoint of the best point: `{found.written}`\n"
+        _publish_text(artifact_key(name, "sweep-report"), text, f"{len(found.points)} points")
+    (_, *head), rows = point_rows(found.points, found.choice, found.models)
+    table = [dict(zip(["mark", *head], row, strict=True)) for row in rows]
+    _publish_table(artifact_key(name, "sweep"), table, "The points: ● Pareto front, ★ best")
 
 
 def score_table(scores: Scores) -> list[dict[str, str]]:

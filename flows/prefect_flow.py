@@ -19,7 +19,7 @@ from flows.evaluate import evaluate
 from flows.merge import Merged, merge
 from flows.prefect_artifacts import publish_evaluation, publish_merge, publish_sweep
 from flows.prefect_stages import TaskStages, refusing, result_of
-from flows.sweep import Point, sweep
+from flows.sweep import Sweep, sweep
 
 
 def _run_name() -> str:
@@ -87,39 +87,49 @@ def merge_flow(
 def sweep_flow(
     recipe: form.RecipeChoice = "tiny",
     recipe_file: form.RecipeFile = "",
-    alphas: form.Alphas = [0.15, 0.25, 0.35],  # noqa: B006 - shown in the form, never changed
-    taus: form.Taus = [0.03],  # noqa: B006
+    alphas: form.Alphas = [],  # noqa: B006 - never changed
+    taus: form.Taus = [],  # noqa: B006
+    require: form.Requirements = [],  # noqa: B006
+    write_best: form.WriteBest = False,
     output: form.Output = "",
-    advanced: form.MergeAdvanced = form.NO_MERGE_SETTINGS,
+    advanced: form.SweepAdvanced = form.NO_SWEEP_SETTINGS,
 ) -> Any:
-    """Merge and evaluate a grid of alpha and tau; points that are in the store are reused.
+    """Measure a grid of alpha and tau in memory; points that are in the store are reused.
 
     Args:
         recipe: A recipe that comes with CRANE.
         recipe_file: Path of a recipe of your own; if given, it is taken instead.
-        alphas: Strengths of the edit, 0 or more each.
-        taus: Where protection is one half, above 0 and at most 1 each.
-        output: Folder of the grid's checkpoints. Empty: merged.
-        advanced: Overrides, store, device.
+        alphas: Strengths of the edit, 0 or more each. Empty: the recipe's alone.
+        taus: Where protection is one half, above 0 and at most 1 each. Empty: the recipe's alone.
+        require: What the best point must keep, a line each: tool_calls>=0.99
+        write_best: Merge the best point; else no checkpoint is written.
+        output: Folder of the sweep's report. Empty: merged/NAME-sweep.
+        advanced: Further axes, overrides, store, device.
     """
 
-    def work() -> list[Point]:
+    def work() -> Sweep:
         loaded, store = form.opened(recipe, recipe_file, advanced)
         stages = TaskStages(loaded.name)
         _check_inputs(stages, loaded, store)
-        points = sweep(
+        found = sweep(
             loaded,
             store,
             alphas,
             taus,
+            fields=advanced.axes,
+            require=require,
+            write="best" if write_best else None,
             folder=Path(output).expanduser().absolute() if output.strip() else None,
             call=stages,
             progress=stages.progress,
             notice=get_run_logger().warning,
             force=advanced.force,
         )
-        publish_sweep(loaded.name, points)
-        return points
+        publish_sweep(found)
+        get_run_logger().info("Report: %s", found.report)
+        if found.problem:
+            raise CraneError(found.problem)
+        return found
 
     return refusing(work)
 

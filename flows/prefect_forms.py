@@ -54,8 +54,10 @@ RecipeChoice = Annotated[ShippedRecipe, _titled("Recipe")]
 RecipeFile = Annotated[str, _titled("Recipe file")]
 Alpha = Annotated[AlphaValue | None, _titled("Alpha"), _LeftEmpty(_ALPHA)]
 Tau = Annotated[TauValue | None, _titled("Tau"), _LeftEmpty(_TAU)]
-Alphas = Annotated[list[AlphaValue], Field(min_length=1), _titled("Alphas")]
-Taus = Annotated[list[TauValue], Field(min_length=1), _titled("Taus")]
+Alphas = Annotated[list[AlphaValue], _titled("Alphas")]
+Taus = Annotated[list[TauValue], _titled("Taus")]
+Requirements = Annotated[list[str], _titled("Requirements")]
+WriteBest = Annotated[bool, _titled("Write the best")]
 Output = Annotated[str, _titled("Output folder")]
 CheckpointFolder = Annotated[str, Field(min_length=1), _titled("Checkpoint")]
 
@@ -95,8 +97,19 @@ class MergeSettings(Settings):
     )
 
 
-NO_SETTINGS, NO_MERGE_SETTINGS = Settings(), MergeSettings()
+class SweepSettings(MergeSettings):
+    """What hardly ever needs a change."""
+
+    axes: list[str] = Field(
+        default=[],
+        title="Further axes",
+        description="Other fields to vary, a line each: merge.rounding=nearest,stochastic",
+    )
+
+
+NO_SETTINGS, NO_MERGE_SETTINGS, NO_SWEEP_SETTINGS = Settings(), MergeSettings(), SweepSettings()
 Advanced = Annotated[Settings, _titled("Advanced")]
+SweepAdvanced = Annotated[SweepSettings, _titled("Advanced")]
 MergeAdvanced = Annotated[MergeSettings, _titled("Advanced")]
 
 

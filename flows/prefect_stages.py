@@ -61,7 +61,7 @@ class TaskStages:
             return bool(problems) and is_transient(problems[-1])
 
         @task(
-            name=name,
+            name=name.split()[0],  # all points of a sweep are one kind of task
             task_run_name=f"{self._recipe}: {name}",
             cache_policy=NO_CACHE,
             persist_result=False,

@@ -143,6 +143,19 @@ class Site:
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
+    def retry(self, run: str) -> None:
+        """`prefect flow-run retry` until it takes: for ten seconds after a crash the worker
+        may report it once more, and what was scheduled meanwhile is Crashed again.
+        """
+
+        def taken() -> bool:
+            found = self.run(run)
+            if found["run_count"] == 1 and found["state"]["name"] in ENDED:
+                self.prefect("flow-run", "retry", run)
+            return bool(found["run_count"] > 1)
+
+        wait_until(taken, f"the second attempt\n{self.log}", pause=1.0)
+
     @property
     def home(self) -> Path:
         return self.folder / "home"
@@ -154,7 +167,7 @@ def running(folder: Path) -> Iterator[Site]:
     folder.mkdir(parents=True, exist_ok=True)
     port = free_port()
     command = [sys.executable, "-m", "flows.ui", "--port", str(port), "--home", "home"]
-    with (folder / "ui.log").open("a") as log:
+    with (folder / "ui.log").open("w") as log:
         process = subprocess.Popen(
             command, cwd=folder, stdout=log, stderr=log, text=True, start_new_session=True
         )
