@@ -279,6 +279,10 @@ def moe_pair(pairs: Callable[[str], TinyPair]) -> TinyPair:
     return pairs("qwen3_moe")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--screenshots", help="folder for pictures of Prefect's page, for the docs")
+
+
 @pytest.fixture(scope="session")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """A real Prefect server with worker and deployments, one per test process."""

@@ -96,6 +96,11 @@ class Site:
         found: dict[str, Any] = self.get(f"/flow_runs/{run}")
         return found
 
+    def newest(self, name: str) -> str | None:
+        """The latest run of this name, if there is one."""
+        found = self.find("flow_runs", flow_runs={"name": {"any_": [name]}}, sort="START_TIME_DESC")
+        return str(found[0]["id"]) if found else None
+
     def state(self, run: str, wanted: Sequence[str] = ENDED) -> str:
         """The name of a run's state as soon as it is one of these."""
         name = wait_until(lambda: self._named(run, wanted), f"{wanted} of {run}\n{self.log}")
