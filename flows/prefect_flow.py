@@ -39,7 +39,8 @@ def _check_inputs(stages: TaskStages, recipe: Recipe, store: Store) -> None:
         store.prepare()
         return make_context(recipe, store, stages.progress)
 
-    stages.run("inputs", work, lambda ctx: Completed(message=f"inputs: {ctx.base}, {ctx.donor}"))
+    told = f"inputs: {recipe.base} and {recipe.donor} are there and fit"
+    stages.run("inputs", work, lambda _: Completed(message=told))
 
 
 @flow(name="crane-merge", flow_run_name=_run_name, persist_result=False)

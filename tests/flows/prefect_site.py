@@ -63,8 +63,15 @@ class Site:
         return "\n".join(f"{f.name}:\n{f.read_text()[-3000:]}" for f in files if f.exists())
 
     def api(self, method: str, path: str, body: Any = None) -> httpx.Response:
-        """Ask the server."""
-        return httpx.request(method, f"{self.url}/api{path}", json=body, timeout=60)
+        """Ask the server; while SQLite is busy it says 503, and wants to be asked again."""
+
+        def answer() -> httpx.Response | None:
+            found = httpx.request(method, f"{self.url}/api{path}", json=body, timeout=60)
+            return None if found.status_code == httpx.codes.SERVICE_UNAVAILABLE else found
+
+        found = wait_until(lambda: [r] if (r := answer()) is not None else None, path)
+        response: httpx.Response = found[0]
+        return response
 
     def get(self, path: str) -> Any:
         """An object that must be there."""

@@ -1,6 +1,7 @@
 """What a person does and sees in Prefect's page: the form, the run, the report with its pictures.
 
-`pytest tests/flows/test_browser.py --screenshots docs/images` writes the pictures of the docs.
+`pytest tests/flows/test_browser.py --screenshots docs/images --basetemp /tmp/crane` writes the
+pictures of the docs.
 """
 
 import re
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import TinyPair
 from prefect_site import DEADLINE, Site, wait_until
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
@@ -62,7 +64,7 @@ def page() -> Iterator[Any]:
 
 
 def test_a_merge_is_started_from_the_form_and_its_report_shows(
-    site: Site, page: Any, camera: Camera, tmp_path: Path
+    site: Site, page: Any, camera: Camera, moe_pair: TinyPair, tmp_path: Path
 ) -> None:
     page.goto(f"{site.url}/v2/deployments/deployment/{site.deployment('merge')['id']}/run")
     alpha = page.get_by_label("Alpha (Optional)")
@@ -71,21 +73,22 @@ def test_a_merge_is_started_from_the_form_and_its_report_shows(
     assert not alpha.evaluate("field => field.checkValidity()")
     assert page.url.endswith("/run")
     alpha.fill("0.5")
-    page.get_by_label("Output folder (Optional)").fill(str(tmp_path / "merged"))
-    page.get_by_label("Store (Optional)").fill(str(tmp_path / "store"))
+    recipe, name, output = "tiny", "tiny", str(site.folder / "merged")
+    if not camera.on:  # a pair of random weights is faster, and less to look at
+        recipe, name, output = "recipe", "tiny-random", str(tmp_path / "out")
+        page.get_by_label("Recipe file (Optional)").fill(str(moe_pair.recipe_file))
+        page.get_by_label("Output folder (Optional)").fill(output)
+        page.get_by_label("Store (Optional)").fill(str(tmp_path / "store"))
     camera(page, "prefect-form", 1230)
     page.get_by_role("button", name="Submit").click()
 
-    run = wait_until(lambda: site.newest("tiny, alpha 0.5"), "the run of the form")
+    run = wait_until(lambda: site.newest(f"{recipe}, alpha 0.5"), "the run of the form")
     page.goto(f"{site.url}/v2/runs/flow-run/{run}")
     page.get_by_text("scores: started").first.wait_for()
     camera(page, "prefect-running", 1000)
     assert site.state(run) == "Completed", site.logs(run)
-    page.goto(f"{site.url}/v2/runs/flow-run/{run}?tab=TaskRuns")
-    page.get_by_text("tiny: evaluate").first.wait_for()
-
-    show_report(site, page, run, "tiny-report", pictures=3)
-    page.get_by_text(str(tmp_path / "merged")).first.wait_for()
+    show_report(site, page, run, f"{name}-report", pictures=3)
+    page.get_by_text(output).first.wait_for()
     camera(page, "prefect-report", 2000)
 
 
@@ -108,18 +111,15 @@ def test_the_schedules_are_there_and_switched_off(site: Site, page: Any, camera:
     camera(page, "prefect-schedules", 700)
 
 
-def test_what_a_sweep_and_a_second_merge_look_like(
-    site: Site, page: Any, camera: Camera, tmp_path: Path
-) -> None:
+def test_what_a_sweep_and_a_second_merge_look_like(site: Site, page: Any, camera: Camera) -> None:
     """For the docs alone: what is behind these pages is tested elsewhere."""
     if not camera.on:
         pytest.skip("takes pictures: --screenshots FOLDER")
-    advanced = {"store": str(tmp_path / "store")}
-    first = site.start("merge", output=str(tmp_path / "merged"), advanced=advanced)
+    first = site.start("merge")
     assert site.state(first) == "Completed", site.logs(first)
-    again = site.start("merge", alpha=0.3, output=str(tmp_path / "m3"), advanced=advanced)
-    swept = site.start("sweep", alphas=[0.25, 0.5, 0.65], taus=[0.01, 0.03], advanced=advanced,
-                       require=["tool_calls>=0.99"], output=str(tmp_path / "sweep"))  # fmt: skip
+    again = site.start("merge", alpha=0.3)
+    swept = site.start("sweep", alphas=[0.25, 0.5, 0.65], taus=[0.01, 0.03],
+                       require=["tool_calls>=0.99"])  # fmt: skip
     assert site.state(again) == "Completed", site.logs(again)
     page.goto(f"{site.url}/v2/runs/flow-run/{again}")
     page.get_by_role("tab", name="Task Runs").click()

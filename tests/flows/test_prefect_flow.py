@@ -1,7 +1,10 @@
 """The same merge as a Prefect flow: same bits, same stages, and the UI sees what was reused."""
 
 import errno
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +13,7 @@ from uuid import UUID
 import pytest
 import torch
 from conftest import TinyPair, load_tensors, save_tensors
+from prefect_site import free_port
 
 from artifacts.store import Store
 from artifacts.tensors import chunk_files
@@ -103,6 +107,22 @@ def test_a_failing_stage_fails_the_flow_with_its_own_error(
     with pytest.raises(CheckpointError, match=r"NaN.*model\.norm\.weight"):
         run(pair, tmp_path)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_server_that_is_not_there_is_one_readable_line(pairs: Pairs, tmp_path: Path) -> None:
+    url = f"http://127.0.0.1:{free_port()}/api"
+    command = [Path(sys.executable).with_name("crane"), "merge", pairs("qwen3").recipe_file]
+    ended = subprocess.run(
+        [*map(str, command), "--store", str(tmp_path / "store")],
+        cwd=tmp_path,
+        env=os.environ | {"PREFECT_API_URL": url, "PREFECT_HOME": str(tmp_path / "home")},
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 2 and ended.stdout == ""
+    assert url in ended.stderr and "make ui" in ended.stderr and "--no-prefect" in ended.stderr
+    assert "Traceback" not in ended.stderr and len(ended.stderr.splitlines()) == 1
+    assert not (tmp_path / "store" / "delta").exists()
 
 
 class Flaky:
