@@ -331,7 +331,8 @@ def compute_scores(
         built = build_gate(ctx, refs, call)
         return sorted(built, key=lambda b: STAGES.index(b.ref.stage)), _scores(ctx, refs)
 
-    return healing(store, work, notice)
+    with naming_full_disk(store.root):
+        return healing(store, work, notice)
 
 
 def _scores(ctx: Context, refs: Refs) -> Scores:

@@ -23,6 +23,8 @@ HOST = "127.0.0.1"
 # A run that is silent for three of its heartbeats is dead. 30 s is the least Prefect takes.
 HEARTBEAT = 30
 SILENCE = 3 * HEARTBEAT
+# Ctrl-C too: a shell starts what runs in the background with it switched off.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 START = 180.0  # seconds until the server must answer: on a busy machine it takes 40
 AT_ONCE = 30.0  # seconds: what ends sooner after its start would end again
 # No --limit: with one, a worker of 3.8 ends when a run is retried that it has just seen die.
@@ -64,7 +66,8 @@ def require_free(port: int) -> None:
             probe.bind((HOST, port))
         except OSError as error:
             raise UiError(
-                f"port {port} is taken ({error.strerror}): another `make ui`? "
+                f"port {port} is taken ({error.strerror}): another `make ui`, or the "
+                "server of one that was killed? "
                 f"Take a free one: make ui PORT={port + 1}"
             ) from error
 
@@ -247,6 +250,8 @@ def serve(port: int, home: Path) -> NoReturn:
             processes.revive("worker", *WORKER)
             time.sleep(0.5)
     finally:
+        for number in SIGNALS:  # a second Ctrl-C would leave the rest running
+            signal.signal(number, signal.SIG_IGN)
         processes.stop()
 
 
@@ -288,8 +293,7 @@ def main() -> int:
     parser.add_argument("--port", type=int, default=4200)
     parser.add_argument("--home", type=Path, default=Path(".prefect"), help="the server's data")
     given = parser.parse_args()
-    # Also Ctrl-C: a shell starts what runs in the background with it switched off.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in SIGNALS:
         signal.signal(number, _interrupt)
     try:
         serve(given.port, given.home.expanduser().absolute())
