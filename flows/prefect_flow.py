@@ -26,6 +26,10 @@ def _run_name() -> str:
     """E.g. "crane-30b, alpha 0.3": what tells the runs of a list apart."""
     given: dict[str, Any] = dict(flow_run.parameters)
     told = [f"{k} {given[k]:g}" for k in ("alpha", "tau") if given.get(k) is not None]
+    if "alphas" in given:
+        told.append(f"{len(given['alphas']) or 1} x {len(given['taus']) or 1} points")
+    if "checkpoint" in given:
+        told.append(Path(given["checkpoint"]).name)
     return ", ".join([form.short_name(given), *told])
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from conftest import TinyPair
+from crane_process import reached
 from prefect_site import DEADLINE, Site, wait_until
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
@@ -79,7 +80,7 @@ def test_a_merge_is_started_from_the_form_and_its_report_shows(
         page.get_by_label("Recipe file (Optional)").fill(str(moe_pair.recipe_file))
         page.get_by_label("Output folder (Optional)").fill(output)
         page.get_by_label("Store (Optional)").fill(str(tmp_path / "store"))
-    camera(page, "prefect-form", 1230)
+    camera(page, "prefect-form", 1500)
     page.get_by_role("button", name="Submit").click()
 
     run = wait_until(lambda: site.newest(f"{recipe}, alpha 0.5"), "the run of the form")
@@ -90,6 +91,29 @@ def test_a_merge_is_started_from_the_form_and_its_report_shows(
     show_report(site, page, run, f"{name}-report", pictures=3)
     page.get_by_text(output).first.wait_for()
     camera(page, "prefect-report", 2000)
+
+
+@pytest.mark.slow
+def test_a_killed_run_is_finished_by_retry_in_its_menu(
+    site: Site, page: Any, camera: Camera, moe_pair: TinyPair, tmp_path: Path
+) -> None:
+    place = {"output": str(tmp_path / "out"), "advanced": {"store": str(tmp_path / "store")}}
+    run = site.start("merge", recipe_file=str(moe_pair.recipe_file), alpha=0.4, **place)
+    process = wait_until(lambda: site.flow_process(run), "the flow's process")
+    wait_until(reached(tmp_path / "store", "scores", 1), "a scored layer", pause=0.001)
+    process.kill()
+    assert site.state(run) == "Crashed"
+    page.goto(f"{site.url}/v2/runs/flow-run/{run}")
+    page.get_by_text("Crashed").first.wait_for()
+    page.get_by_role("button", name="Open menu").first.click()
+    retry = page.get_by_role("menuitem", name="Retry")
+    retry.wait_for()
+    camera(page, "prefect-crashed", 900)
+    retry.click()
+    page.get_by_role("dialog").get_by_role("button", name="Retry").click()
+    wait_until(lambda: site.run(run)["run_count"] > 1, f"the second attempt\n{site.log}")
+    assert site.state(run) == "Completed", site.logs(run)
+    assert site.tasks(run)["tiny-random: scores"] == "Resumed"
 
 
 def show_report(site: Site, page: Any, run: str, key: str, *, pictures: int) -> None:
