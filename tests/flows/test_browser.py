@@ -110,7 +110,7 @@ def test_a_killed_run_is_finished_by_retry_in_its_menu(
     retry.wait_for()
     camera(page, "prefect-crashed", 900)
     retry.click()
-    page.get_by_role("dialog").get_by_role("button", name="Retry").click()
+    page.get_by_role("button", name="Retry", exact=True).click()
     wait_until(lambda: site.run(run)["run_count"] > 1, f"the second attempt\n{site.log}")
     assert site.state(run) == "Completed", site.logs(run)
     assert site.tasks(run)["tiny-random: scores"] == "Resumed"
