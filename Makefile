@@ -4,7 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-slow check format bench clean
+PORT ?= 4200
+
+.PHONY: demo ui test test-slow check format bench clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -13,6 +15,9 @@ $(READY): pyproject.toml constraints.txt
 
 demo: $(READY)  ## merge the embedded pair, stage by stage; again: every stage is reused
 	$(BIN)/crane merge tiny
+
+ui: $(READY)  ## Prefect's page with merge, sweep and evaluate; Ctrl-C stops everything
+	$(BIN)/python -m flows.ui --port $(PORT)
 
 test: $(READY) check  ## lint, types, import contracts and the fast tests
 	$(BIN)/python -m pytest -m "not slow and not gpu"

@@ -115,9 +115,9 @@ def merge(
             # Prefect reads these when it is imported: a merge reports to nobody.
             os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
             os.environ.setdefault("DO_NOT_TRACK", "1")
-            from flows.prefect_flow import run_flow
+            from flows.prefect_flow import run_merge
 
-            merged = run_flow(
+            merged = run_merge(
                 recipe,
                 alpha=alpha,
                 tau=tau,

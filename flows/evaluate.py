@@ -14,6 +14,7 @@ from crane_tasks.models.checkpoint import Checkpoint
 from crane_tasks.models.stream import check_parameters
 from crane_tasks.recipe import Recipe
 from flows.merge import all_refs, check_data, healing
+from flows.transient import naming_full_disk
 
 
 def evaluate(
@@ -49,5 +50,6 @@ def evaluate(
             build_targets(ctx, getattr(recipe.calibration, name), ref)
         return build_checkpoint_comparison(ctx, folder, refs.sets)[1]
 
-    result = healing(store, work, notice)
+    with naming_full_disk(store.root):
+        result = healing(store, work, notice)
     return {"name": recipe.name, "checkpoint": str(folder), **result}

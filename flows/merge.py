@@ -56,6 +56,7 @@ from crane_tasks.room import check_room, sizes_of
 from crane_tasks.scores import Scores, Sources, build_scores, read_scores, scores_ref
 from crane_tasks.spread import Spread, here
 from crane_tasks.threshold import build_threshold, threshold_ref
+from flows.transient import naming_full_disk
 
 STAGES = ("calibration", "delta", "threshold", "scores", "projector", "apply", "evaluate")
 T = TypeVar("T")
@@ -302,7 +303,8 @@ def merge(
     def work() -> Merged:
         return _collect(Merged(ctx, refs, build_all(ctx, refs, call, force=force)))
 
-    return healing(store, work, notice)
+    with naming_full_disk(store.root, ctx.output):
+        return healing(store, work, notice)
 
 
 def _collect(merged: Merged) -> Merged:
@@ -364,7 +366,8 @@ def compute_scores(
         built = build_gate(ctx, refs, call)
         return sorted(built, key=lambda b: STAGES.index(b.ref.stage)), _scores(ctx, refs)
 
-    return healing(store, work, notice)
+    with naming_full_disk(store.root):
+        return healing(store, work, notice)
 
 
 def _scores(ctx: Context, refs: Refs) -> Scores:

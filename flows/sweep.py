@@ -52,6 +52,7 @@ from flows.merge import (
     healing,
     merge,
 )
+from flows.transient import naming_full_disk
 
 WRITE = ("best",)
 # What is one point's own fault: the others are measured all the same.
@@ -212,7 +213,8 @@ def sweep(
     _check_all(work, place, force=force, best=write is not None)
     found = Sweep(recipe, place, requirements, len(work))
     try:
-        _measure_all(found, work, call, notice)
+        with naming_full_disk(store.root, place):
+            _measure_all(found, work, call, notice)
     finally:
         release_base()
     best = found.choice.best

@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -277,6 +277,19 @@ def tiny_pair(request: pytest.FixtureRequest, pairs: Callable[[str], TinyPair]) 
 def moe_pair(pairs: Callable[[str], TinyPair]) -> TinyPair:
     """The random mixture-of-experts pair."""
     return pairs("qwen3_moe")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--screenshots", help="folder for pictures of Prefect's page, for the docs")
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A real Prefect server with worker and deployments, one per test process."""
+    from prefect_site import running
+
+    with running(tmp_path_factory.mktemp("site")) as found:
+        yield found
 
 
 @pytest.fixture(params=["dense", "moe"])

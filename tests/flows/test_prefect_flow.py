@@ -1,6 +1,10 @@
 """The same merge as a Prefect flow: same bits, same stages, and the UI sees what was reused."""
 
+import errno
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +13,7 @@ from uuid import UUID
 import pytest
 import torch
 from conftest import TinyPair, load_tensors, save_tensors
+from prefect_site import free_port
 
 from artifacts.store import Store
 from artifacts.tensors import chunk_files
@@ -34,9 +39,9 @@ def server() -> Iterator[None]:
 
 def run(pair: TinyPair, folder: Path) -> Any:
     """The merge as a flow."""
-    from flows.prefect_flow import run_flow
+    from flows.prefect_flow import run_merge
 
-    return run_flow(
+    return run_merge(
         str(pair.recipe_file),
         alpha=0.4,
         tau=None,
@@ -68,14 +73,15 @@ def test_the_flow_gives_the_same_bits_and_shows_what_was_reused(
     assert [b.ref.stage for b in first.stages] == list(STAGES)
     assert {b.status for b in first.stages} == {"computed"}
     seen = task_runs(done)
-    assert {r.name for r in seen} == set(STAGES)
+    names = [f"as-a-flow: {stage}" for stage in STAGES]
+    assert sorted(r.name for r in seen) == sorted([*names, "as-a-flow: inputs"])
     assert {r.state.name for r in seen} == {"Completed"}
 
     again = run(pair, tmp_path)
     assert {b.status for b in again.stages} == {"reused"}
     seen = task_runs(done)
-    assert sorted(r.name for r in seen) == sorted(STAGES)
-    assert {(r.state.name, r.state.type.value) for r in seen} == {("Cached", "COMPLETED")}
+    cached = {r.name: r.state.type.value for r in seen if r.state.name == "Cached"}
+    assert cached == dict.fromkeys(names, "COMPLETED")
 
     recipe = pair.recipe("alpha=0.4", "name=as-a-flow", f"run.output={tmp_path / 'plain'}")
     plain = merge(recipe, Store(tmp_path / "other"))
@@ -101,6 +107,79 @@ def test_a_failing_stage_fails_the_flow_with_its_own_error(
     with pytest.raises(CheckpointError, match=r"NaN.*model\.norm\.weight"):
         run(pair, tmp_path)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_server_that_is_not_there_is_one_readable_line(pairs: Pairs, tmp_path: Path) -> None:
+    url = f"http://127.0.0.1:{free_port()}/api"
+    command = [Path(sys.executable).with_name("crane"), "merge", pairs("qwen3").recipe_file]
+    ended = subprocess.run(
+        [*map(str, command), "--store", str(tmp_path / "store")],
+        cwd=tmp_path,
+        env=os.environ | {"PREFECT_API_URL": url, "PREFECT_HOME": str(tmp_path / "home")},
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 2 and ended.stdout == ""
+    assert url in ended.stderr and "make ui" in ended.stderr and "--no-prefect" in ended.stderr
+    assert "Traceback" not in ended.stderr and len(ended.stderr.splitlines()) == 1
+    assert not (tmp_path / "store" / "delta").exists()
+
+
+class Flaky:
+    """Work that fails some times before it succeeds."""
+
+    def __init__(self, times: int, error: Exception) -> None:
+        self.calls, self._times, self._error = 0, times, error
+
+    def __call__(self) -> str:
+        self.calls += 1
+        if self.calls <= self._times:
+            raise self._error
+        return "done"
+
+
+def attempt(work: Flaky) -> Any:
+    """Run work as a task of a flow, with three further attempts at once."""
+    from prefect import flow
+    from prefect.states import Completed
+
+    from flows.prefect_stages import TaskStages, refusing
+
+    @flow(name="attempts", persist_result=False)
+    def attempts() -> Any:
+        stages = TaskStages("tiny", waits=(0.0, 0.0, 0.0))
+        return refusing(lambda: stages.run("work", work, lambda _: Completed()))
+
+    return attempts(return_state=True)
+
+
+def test_a_full_disk_is_tried_again_a_bounded_number_of_times(server: None) -> None:
+    from flows.prefect_stages import result_of
+
+    full = OSError(errno.ENOSPC, "No space left on device", "/store")
+    freed = Flaky(2, full)
+    assert result_of(attempt(freed)) == "done" and freed.calls == 3
+    never = Flaky(100, full)
+    state = attempt(never)
+    assert never.calls == 4
+    assert state.name == "Failed" and "No space left on device: '/store'" in state.message
+    with pytest.raises(OSError, match="/store"):
+        result_of(state)
+
+
+def test_bad_input_is_told_once_and_never_tried_again(server: None) -> None:
+    from crane_tasks.errors import DataError
+    from flows.prefect_stages import result_of
+
+    done: set[UUID] = set()
+    task_runs(done)
+    wrong = Flaky(1, DataError("rows.jsonl, line 3: no messages"))
+    state = attempt(wrong)
+    assert wrong.calls == 1
+    assert state.message == "rows.jsonl, line 3: no messages"
+    assert [r.state.message for r in task_runs(done)] == ["work: rows.jsonl, line 3: no messages"]
+    with pytest.raises(DataError):
+        result_of(state)
 
 
 def test_a_damaged_artifact_is_computed_again_within_the_flow(

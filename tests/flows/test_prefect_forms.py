@@ -1,0 +1,102 @@
+"""The run forms and the deployments' schedules, held against what the flows take."""
+
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import yaml
+
+from crane_tasks.errors import RecipeError
+
+# Prefect's imports warn of much that is not ours.
+pytestmark = pytest.mark.filterwarnings("ignore")
+DEPLOYMENTS = Path(__file__).parents[2] / "prefect.yaml"
+
+
+def flows_by_entrypoint() -> dict[str, Any]:
+    from flows import prefect_flow as module
+
+    names = ("merge_flow", "sweep_flow", "evaluate_flow")
+    return {f"flows.prefect_flow.{name}": getattr(module, name) for name in names}
+
+
+def deployments() -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = yaml.safe_load(DEPLOYMENTS.read_text())["deployments"]
+    return found
+
+
+def test_every_flow_is_deployed_into_the_one_pool_and_its_form_is_enforced() -> None:
+    assert {d["entrypoint"] for d in deployments()} == flows_by_entrypoint().keys()
+    assert {d["work_pool"]["name"] for d in deployments()} == {"crane"}
+    assert all(d["enforce_parameter_schema"] for d in deployments())
+
+
+def test_schedules_are_paused_and_their_parameters_are_what_the_flow_and_its_recipe_take() -> None:
+    from flows.opening import open_recipe
+    from flows.sweep import read_requirement, spots
+
+    schedules = [(d, s) for d in deployments() for s in d.get("schedules", [])]
+    assert len({s["slug"] for _, s in schedules}) == len(schedules) >= 2
+    for deployment, schedule in schedules:
+        assert schedule["active"] is False
+        flow = flows_by_entrypoint()[deployment["entrypoint"]]
+        given = {**deployment.get("parameters", {}), **schedule["parameters"]}
+        taken = flow.validate_parameters(given)
+        recipe, _ = open_recipe(taken["recipe"])
+        assert spots(recipe, taken["alphas"], taken["taus"], [], Path("sweep"))
+        assert [read_requirement(text) for text in taken["require"]]
+
+
+def test_the_form_offers_every_shipped_recipe() -> None:
+    from flows.opening import shipped_recipes
+    from flows.prefect_forms import ShippedRecipe
+
+    assert sorted(get_args(ShippedRecipe)) == sorted(shipped_recipes())
+
+
+def test_every_field_has_a_title_and_help_and_no_number_starts_as_null() -> None:
+    for flow in flows_by_entrypoint().values():
+        schema = flow.parameters.model_dump()
+        boxes = [d["properties"] for d in schema["definitions"].values() if "properties" in d]
+        for fields in (schema["properties"], *boxes):
+            for name, field in fields.items():
+                assert field["title"] != name and field["description"], name
+                assert field.get("type") != "number" or "default" not in field, name
+
+
+def test_what_is_left_empty_is_the_recipes() -> None:
+    from flows.prefect_flow import merge_flow
+    from flows.prefect_forms import opened
+
+    taken = merge_flow.validate_parameters({})
+    recipe, _ = opened(taken["recipe"], taken["recipe_file"], taken["advanced"])
+    assert (recipe.name, recipe.alpha, recipe.run.device) == ("tiny", 0.65, "auto")
+    changed = {"advanced": {"overrides": ["projector.rank=7"], "device": "cpu"}, "alpha": 0.2}
+    taken = merge_flow.validate_parameters(changed)
+    recipe, _ = opened("tiny", " ", taken["advanced"], alpha=taken["alpha"])
+    assert (recipe.alpha, recipe.projector.rank, recipe.run.device) == (0.2, 7, "cpu")
+    with pytest.raises(RecipeError, match="no such recipe"):
+        opened("tiny", "nowhere.yaml", taken["advanced"])
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"alpha": -1}, {"tau": 0}, {"tau": 2}, {"recipe": "x"}, {"advanced": {"stor": "x"}}]
+)
+def test_a_wrong_value_is_refused(wrong: dict[str, Any]) -> None:
+    from prefect.exceptions import ParameterTypeError
+
+    from flows.prefect_flow import merge_flow
+
+    with pytest.raises(ParameterTypeError, match=next(iter(wrong))):
+        merge_flow.validate_parameters(wrong)
+
+
+def test_a_command_line_is_the_same_form() -> None:
+    from flows.prefect_forms import as_form
+
+    rest: dict[str, Any] = dict(alpha=None, tau=0.1, assignments=["gate.baseline=ffn"],
+                                output=None, store="s", force=True)  # fmt: skip
+    form = as_form("crane-30b", **rest)
+    assert (form["recipe"], form["recipe_file"], form["tau"]) == ("crane-30b", "", 0.1)
+    assert form["advanced"].assignments() == ["gate.baseline=ffn"] and form["advanced"].force
+    assert as_form("my.yaml", **rest)["recipe_file"] == "my.yaml"

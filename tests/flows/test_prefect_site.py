@@ -1,0 +1,241 @@
+"""The real thing: a Prefect server, a worker and the deployments, as `make ui` starts them."""
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from conftest import TinyPair
+from crane_process import reached
+from prefect_site import Site, end_family, running, wait_until
+
+from artifacts.store import Store
+from flows.merge import STAGES, merge
+
+pytestmark = pytest.mark.xdist_group("site")
+Pairs = Callable[[str], TinyPair]
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Every file of a checkpoint folder."""
+    return {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
+
+
+@dataclass(frozen=True)
+class Job:
+    """A merge of a random pair into a folder of its own."""
+
+    pair: TinyPair
+    folder: Path
+
+    @property
+    def store(self) -> Path:
+        return self.folder / "store"
+
+    @property
+    def output(self) -> Path:
+        return self.folder / "out"
+
+    def parameters(self, **more: Any) -> dict[str, Any]:
+        """As the form gives them."""
+        return {
+            "recipe_file": str(self.pair.recipe_file),
+            "output": str(self.output),
+            "advanced": {"store": str(self.store), "overrides": ["run.shard_size=20KB"]},
+            **more,
+        }
+
+    def undisturbed(self) -> dict[str, bytes]:
+        """What the merge gives when nobody disturbs it."""
+        place = self.folder / "undisturbed"
+        recipe = self.pair.recipe(f"run.output={place}", "run.shard_size=20KB")
+        merge(recipe, Store(self.folder / "other"))
+        return files(place)
+
+
+@pytest.fixture
+def job(pairs: Pairs, tmp_path: Path) -> Job:
+    return Job(pairs("qwen3"), tmp_path)
+
+
+def on_disk(store: Path) -> dict[str, str]:
+    """What the next run must say of each stage, from what lies in the store."""
+    found = {}
+    for stage in STAGES:
+        if stage == "calibration":  # three artifacts in one stage
+            continue
+        if any((store / stage).glob("[!.]*/manifest.json")):
+            found[stage] = "Cached"
+        elif any(log.read_bytes() for log in (store / stage).glob(".draft-*/units.jsonl")):
+            found[stage] = "Resumed"
+        else:
+            found[stage] = "Completed"
+    return found
+
+
+def killed_in_scores(site: Site, job: Job) -> str:
+    """Start a merge and kill -9 its process while it scores; the run's id."""
+    run = site.start("merge", **job.parameters())
+    process = wait_until(lambda: site.flow_process(run), "the flow's process")
+    wait_until(reached(job.store, "scores", 1), f"a scored layer\n{site.log}", pause=0.001)
+    process.kill()
+    return run
+
+
+@dataclass(frozen=True)
+class Retried:
+    """A merge that was killed, seen, and retried until it was done."""
+
+    job: Job
+    run: str
+    seen: str
+    wanted: dict[str, str]
+    kept: dict[Path, int]
+
+
+@pytest.fixture(scope="module")
+def retried(site: Site, pairs: Pairs, tmp_path_factory: pytest.TempPathFactory) -> Retried:
+    job = Job(pairs("qwen3"), tmp_path_factory.mktemp("retried"))
+    run = killed_in_scores(site, job)
+    seen = site.state(run)
+    assert not job.output.exists()
+    wanted = on_disk(job.store)
+    kept = {p: p.stat().st_ino for p in job.store.glob("*/*/manifest.json")}
+    site.retry(run)
+    assert site.state(run) == "Completed", site.logs(run)
+    return Retried(job, run, seen, wanted, kept)
+
+
+def test_a_run_whose_process_was_killed_shows_as_crashed_and_a_retry_finishes_it(
+    site: Site, retried: Retried
+) -> None:
+    job, wanted = retried.job, retried.wanted
+    assert retried.seen == "Crashed"
+    assert wanted["delta"] == "Cached" and wanted["apply"] == "Completed"
+    found = site.tasks(retried.run)
+    assert {stage: found[f"tiny-random: {stage}"] for stage in wanted} == wanted
+    assert all(p.stat().st_ino == inode for p, inode in retried.kept.items()), "computed again"
+    assert files(job.output) == job.undisturbed()
+
+
+def test_the_report_is_an_artifact_with_its_pictures_inside(site: Site, retried: Retried) -> None:
+    found = site.artifacts(retried.run)
+    text = found["tiny-random-report"]["data"]
+    assert text.count("](data:image/png;base64,") == 3
+    assert str(retried.job.output) in text
+    models = [row["model"] for row in json_rows(found["tiny-random-evaluation"])]
+    assert models == ["base", "donor", "merged"]
+    layers = [row["layer"] for row in json_rows(found["tiny-random-scores"])]
+    assert layers == ["0", "1", "all"]
+    bars = {k: a["data"] for k, a in found.items() if a["type"] == "progress"}
+    assert bars["tiny-random-apply-progress"] == bars["tiny-random-evaluate-progress"] == 100.0
+    told = site.logs(retried.run)
+    for line in (
+        "delta: computed in",
+        "delta: reused in",
+        "scores: started",
+        str(retried.job.output),
+    ):
+        assert line in told
+
+
+def json_rows(artifact: dict[str, Any]) -> list[dict[str, Any]]:
+    """A table artifact's rows."""
+    data = artifact["data"]
+    rows: list[dict[str, Any]] = json.loads(data) if isinstance(data, str) else data
+    return rows
+
+
+def test_a_wrong_value_is_refused_by_the_form_or_at_once(site: Site, job: Job) -> None:
+    for wrong in ({"alpha": -1}, {"tau": 0}, {"recipe": "crane-31b"}):
+        refused = site.submit("merge", **wrong)
+        assert refused.status_code == 409, refused.text
+        assert next(iter(wrong)) in refused.text
+    wrong_key = {"overrides": ["projector.rnk=3"], "store": str(job.store)}
+    run = site.start("merge", **job.parameters(advanced=wrong_key))
+    assert site.state(run) == "Failed"
+    assert "projector.rnk: unknown key" in site.run(run)["state"]["message"]
+    assert "Traceback" not in site.logs(run)
+    assert not job.store.exists()
+
+
+def test_two_runs_never_work_at_the_same_time_and_a_swept_point_is_not_computed_again(
+    site: Site, job: Job
+) -> None:
+    grid = {k: v for k, v in job.parameters().items() if k != "output"}
+    grid |= {"alphas": [0.5, 0.25], "taus": [0.03], "output": str(job.folder / "grid")}
+    runs = [site.start("sweep", **grid), site.start("sweep", **grid)]
+    assert [site.state(run) for run in runs] == ["Completed", "Completed"]
+    first, second = sorted((site.run(run) for run in runs), key=lambda r: r["start_time"])
+    assert second["start_time"] >= first["end_time"]
+    points = [s for n, s in site.tasks(second["id"]).items() if ": point " in n]
+    assert points == ["Cached", "Cached"]
+    table = json_rows(site.artifacts(second["id"])["tiny-random-sweep"])
+    assert [row["alpha"] for row in table] == ["base", "donor", "0.5", "0.25"]
+    assert "data:image/png" in site.artifacts(second["id"])["tiny-random-sweep-report"]["data"]
+
+
+def test_any_checkpoint_is_evaluated(site: Site, job: Job) -> None:
+    parameters = {k: v for k, v in job.parameters().items() if k != "output"}
+    run = site.start("evaluate", checkpoint=str(job.pair.donor), **parameters)
+    assert site.state(run) == "Completed", site.logs(run)
+    rows = {r["model"]: r for r in json_rows(site.artifacts(run)["tiny-random-evaluation"])}
+    assert rows["checkpoint"] | {"model": "donor"} == rows["donor"]
+
+
+def test_schedules_come_paused_and_the_pool_takes_one_run_at_a_time(site: Site) -> None:
+    schedules = site.deployment("sweep")["schedules"]
+    assert {s["slug"] for s in schedules} == {"nightly-crane-30b", "weekly-crane-next-80b"}
+    assert not any(s["active"] for s in schedules)
+    assert site.get("/work_pools/crane")["concurrency_limit"] == 1
+    assert [a["name"] for a in site.find("automations")] == ["crane: mark dead runs as crashed"]
+
+
+def test_a_taken_port_is_named_and_nothing_is_left_running(site: Site, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "flows.ui", "--port", str(site.port)]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert ended.returncode == 1
+    assert f"port {site.port} is taken" in ended.stderr and "Traceback" not in ended.stderr
+
+
+@pytest.mark.slow
+def test_when_everything_was_killed_the_run_is_marked_dead_and_finished_by_a_retry(
+    job: Job, tmp_path: Path
+) -> None:
+    folder = tmp_path / "own"
+    with running(folder) as site:
+        run = killed_in_scores_with_all(site, job)
+    with running(folder) as site:
+        assert site.run(run)["state"]["name"] == "Running"
+        assert site.state(run) == "Crashed"
+        assert "No sign of life" in site.run(run)["state"]["message"]
+        site.retry(run)
+        assert site.state(run) == "Completed", site.logs(run)
+    assert files(job.output) == job.undisturbed()
+
+
+def killed_in_scores_with_all(site: Site, job: Job) -> str:
+    """The same, with the server, the worker and `make ui` itself: as when the power fails."""
+    run = site.start("merge", **job.parameters())
+    wait_until(reached(job.store, "scores", 1), "a scored layer", pause=0.001)
+    end_family(site.process.pid)
+    return run
+
+
+@pytest.mark.slow
+def test_ctrl_c_stops_a_run_and_leaves_no_process(job: Job, tmp_path: Path) -> None:
+    with running(tmp_path / "own") as site:
+        run = site.start("merge", **job.parameters())
+        wait_until(lambda: site.flow_process(run), "the flow's process")
+        family = psutil.Process(site.process.pid).children(recursive=True)
+        site.process.send_signal(signal.SIGINT)
+        assert site.process.wait(120) == 0
+        assert [p for p in family if p.is_running() and p.status() != "zombie"] == []
+    with running(tmp_path / "own") as site:
+        assert site.state(run) == "Crashed"
