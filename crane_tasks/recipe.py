@@ -158,6 +158,12 @@ class Evaluate(Section):
     max_length: int = Field(default=2048, gt=1)
 
 
+Workers = (
+    Annotated[int, Field(gt=0, strict=True)]
+    | Annotated[str, Field(pattern=r"^(tcp|tls)://.+:\d+$")]
+)
+
+
 class Run(Section):
     """How and where to run; part of no key."""
 
@@ -172,6 +178,11 @@ class Run(Section):
         "is read back from disk",
     )
     threads: int | None = Field(default=None, gt=0)
+    workers: Workers | None = Field(
+        default=None,
+        description="as a Prefect flow: processes here that share the work, or the address of a "
+        "Dask scheduler (tcp://host:8786) whose workers share the store",
+    )
 
 
 class Recipe(Section):

@@ -11,6 +11,7 @@ import typer
 
 if TYPE_CHECKING:
     from artifacts.store import Store
+    from crane_tasks.recipe import Recipe
     from flows.view import View
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
@@ -42,7 +43,8 @@ ForceOption = Annotated[bool, typer.Option("--force", help="Replace another merg
 PrefectOption = Annotated[
     bool | None,
     typer.Option(
-        "--prefect/--no-prefect", help="Run as a Prefect flow (default: if PREFECT_API_URL is set)."
+        "--prefect/--no-prefect",
+        help="Run as a Prefect flow (default: if PREFECT_API_URL or run.workers is set).",
     ),
 ]
 
@@ -90,6 +92,16 @@ def _print_json(value: Any) -> None:
     sys.stdout.write(json.dumps(finite(value), allow_nan=False) + "\n")
 
 
+def _require_no_workers(recipe: "Recipe") -> None:
+    from crane_tasks.errors import RecipeError
+
+    if recipe.run.workers is not None:
+        raise RecipeError(
+            "run.workers: Prefect hands out the work: `crane merge --prefect`, or the sweep's "
+            "deployment"
+        )
+
+
 @app.command()
 def merge(
     recipe: RecipeArgument,
@@ -111,7 +123,8 @@ def merge(
         loaded, place = open_recipe(
             recipe, assignments, alpha=alpha, tau=tau, output=output, store=store
         )
-        if prefect if prefect is not None else bool(os.environ.get("PREFECT_API_URL")):
+        usual = bool(os.environ.get("PREFECT_API_URL") or loaded.run.workers)
+        if usual if prefect is None else prefect:
             # Prefect reads these when it is imported: a merge reports to nobody.
             os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
             os.environ.setdefault("DO_NOT_TRACK", "1")
@@ -129,6 +142,7 @@ def merge(
         else:
             from flows.merge import merge as run
 
+            _require_no_workers(loaded)
             merged = run(
                 loaded,
                 place,
@@ -238,6 +252,7 @@ def sweep(
         from flows.sweep import sweep as run
 
         loaded, place = open_recipe(recipe, assignments, store=store)
+        _require_no_workers(loaded)
         found = run(
             loaded,
             place,

@@ -19,6 +19,7 @@ from flows.evaluate import evaluate
 from flows.merge import Merged, merge
 from flows.prefect_artifacts import publish_evaluation, publish_merge, publish_sweep
 from flows.prefect_stages import TaskStages, refusing, result_of
+from flows.prefect_workers import spreading
 from flows.sweep import Sweep, sweep
 
 
@@ -73,14 +74,16 @@ def merge_flow(
         )
         stages = TaskStages(loaded.name)
         _check_inputs(stages, loaded, store)
-        merged = merge(
-            loaded,
-            store,
-            call=stages,
-            progress=stages.progress,
-            notice=get_run_logger().warning,
-            force=advanced.force,
-        )
+        with spreading(loaded) as spread:
+            merged = merge(
+                loaded,
+                store,
+                call=stages,
+                progress=stages.progress,
+                notice=get_run_logger().warning,
+                spread=spread,
+                force=advanced.force,
+            )
         publish_merge(merged)
         get_run_logger().info("Merged checkpoint: %s; report: %s", merged.ctx.output, merged.report)
         return merged
@@ -116,20 +119,22 @@ def sweep_flow(
         loaded, store = form.opened(recipe, recipe_file, advanced)
         stages = TaskStages(loaded.name)
         _check_inputs(stages, loaded, store)
-        found = sweep(
-            loaded,
-            store,
-            alphas,
-            taus,
-            fields=advanced.axes,
-            require=require,
-            write="best" if write_best else None,
-            folder=Path(output).expanduser().absolute() if output.strip() else None,
-            call=stages,
-            progress=stages.progress,
-            notice=get_run_logger().warning,
-            force=advanced.force,
-        )
+        with spreading(loaded) as spread:
+            found = sweep(
+                loaded,
+                store,
+                alphas,
+                taus,
+                fields=advanced.axes,
+                require=require,
+                write="best" if write_best else None,
+                folder=Path(output).expanduser().absolute() if output.strip() else None,
+                call=stages,
+                progress=stages.progress,
+                notice=get_run_logger().warning,
+                spread=spread,
+                force=advanced.force,
+            )
         publish_sweep(found)
         get_run_logger().info("Report: %s", found.report)
         if found.problem:

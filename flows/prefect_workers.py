@@ -1,0 +1,82 @@
+"""A stage's independent units on several processes or machines: Prefect's own Dask task runner.
+
+The workers share the store and the checkpoints under the same paths. Only the process of the
+flow writes an artifact's log, so that its units exist whole or not at all, whoever made them.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import copy_context
+from typing import Any, TypeVar
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from crane_tasks.errors import RecipeError
+from crane_tasks.recipe import Recipe
+from crane_tasks.spread import Spread, here
+
+T = TypeVar("T")
+
+
+@task(name="unit", cache_policy=NO_CACHE, persist_result=False)
+def _unit(work: Callable[..., T], call: tuple[Any, ...]) -> T:
+    return work(*call)
+
+
+@contextmanager
+def spreading(recipe: Recipe) -> Iterator[Spread]:
+    """What spreads units as `run.workers` says: a local cluster of so many processes, which
+    ends with the block, or the Dask scheduler at an address. Without it all is done here.
+
+    Raises:
+        RecipeError: the Dask task runner is not installed, or no scheduler answers.
+    """
+    workers = recipe.run.workers
+    if workers is None:
+        yield here
+        return
+    try:
+        from prefect_dask.task_runners import DaskTaskRunner
+    except ImportError as error:
+        raise RecipeError(
+            "run.workers needs Prefect's Dask task runner: pip install 'crane-merge[dask]'"
+        ) from error
+    local = {"n_workers": workers, "threads_per_worker": 1, "dashboard_address": None}
+    runner: Any = (
+        DaskTaskRunner(cluster_kwargs=local)
+        if isinstance(workers, int)
+        else DaskTaskRunner(address=workers, client_kwargs={"timeout": "20s"})
+    )
+
+    # Whatever is submitted takes its surroundings along. A stage's own task holds the run's
+    # open connections; seen from the flow itself there is nothing that cannot travel.
+    outside = copy_context()
+
+    def spread(what: str, work: Callable[..., T], calls: Sequence[tuple[Any, ...]]) -> Iterator[T]:
+        futures = [
+            outside.run(
+                runner.submit,
+                _unit.with_options(task_run_name=f"{recipe.name}: {what} {number} of {len(calls)}"),
+                {"work": work, "call": call},
+            )
+            for number, call in enumerate(calls, start=1)
+        ]
+        try:
+            for future in futures:
+                yield future.result()
+        finally:
+            # Another attempt must not begin a unit that a worker is still writing.
+            for future in futures:
+                future.wait()
+
+    try:
+        runner.__enter__()
+    except OSError as error:
+        raise RecipeError(
+            f"run.workers: no Dask scheduler answers at {workers}: {error}"
+        ) from error
+    try:
+        yield spread
+    finally:
+        runner.__exit__(None, None, None)
