@@ -103,6 +103,11 @@ class Site:
         found: dict[str, Any] = self.get(f"/flow_runs/{run}")
         return found
 
+    def history(self, run: str) -> list[str]:
+        """The types of all states that a run was in."""
+        found = self.get(f"/flow_run_states/?flow_run_id={run}")
+        return [s["type"] for s in sorted(found, key=lambda state: state["timestamp"])]
+
     def newest(self, name: str) -> str | None:
         """The latest run of this name, if there is one."""
         found = self.find("flow_runs", flow_runs={"name": {"any_": [name]}}, sort="START_TIME_DESC")

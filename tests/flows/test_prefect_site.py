@@ -137,9 +137,9 @@ def test_the_report_is_an_artifact_with_its_pictures_inside(site: Site, retried:
     assert bars["tiny-random-apply-progress"] == bars["tiny-random-evaluate-progress"] == 100.0
     told = site.logs(retried.run)
     for line in (
-        "delta: computed in",
         "delta: reused in",
         "scores: started",
+        "scores: resumed in",
         str(retried.job.output),
     ):
         assert line in told
