@@ -4,10 +4,12 @@ The workers share the store and the checkpoints under the same paths. Only the p
 flow writes an artifact's log, so that its units exist whole or not at all, whoever made them.
 """
 
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import copy_context
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
@@ -17,6 +19,7 @@ from crane_tasks.recipe import Recipe
 from crane_tasks.spread import Spread, here
 
 T = TypeVar("T")
+CONNECT_SECONDS = 10.0
 
 
 @task(name="unit", cache_policy=NO_CACHE, persist_result=False)
@@ -42,11 +45,13 @@ def spreading(recipe: Recipe) -> Iterator[Spread]:
         raise RecipeError(
             "run.workers needs Prefect's Dask task runner: pip install 'crane-merge[dask]'"
         ) from error
+    if isinstance(workers, str):
+        _require_scheduler(workers)
     local = {"n_workers": workers, "threads_per_worker": 1, "dashboard_address": None}
     runner: Any = (
         DaskTaskRunner(cluster_kwargs=local)
         if isinstance(workers, int)
-        else DaskTaskRunner(address=workers, client_kwargs={"timeout": "20s"})
+        else DaskTaskRunner(address=workers)
     )
 
     # Whatever is submitted takes its surroundings along. A stage's own task holds the run's
@@ -70,13 +75,16 @@ def spreading(recipe: Recipe) -> Iterator[Spread]:
             for future in futures:
                 future.wait()
 
+    with runner:
+        yield spread
+
+
+def _require_scheduler(address: str) -> None:
+    """Dask itself would try again and again, and say nothing meanwhile."""
+    place = urlsplit(address)
     try:
-        runner.__enter__()
+        socket.create_connection((place.hostname, place.port or 0), timeout=CONNECT_SECONDS).close()
     except OSError as error:
         raise RecipeError(
-            f"run.workers: no Dask scheduler answers at {workers}: {error}"
+            f"run.workers: no Dask scheduler answers at {address} ({error})"
         ) from error
-    try:
-        yield spread
-    finally:
-        runner.__exit__(None, None, None)
