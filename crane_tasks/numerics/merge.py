@@ -110,7 +110,8 @@ def stacked_edit_sums(
     """
     count = base.shape[0]
     wanted = intended.reshape(count, -1)
-    realised = stored.float().sub_(base).reshape(count, -1)
+    # Not in place: of a float32 tensor `float` gives the tensor itself.
+    realised = (stored.float() - base).reshape(count, -1)
     if count == 1 and base.device.type == "cpu":
         # BLAS makes a product and its sum in one pass.
         e, r = wanted[0], realised[0]

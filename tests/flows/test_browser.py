@@ -90,8 +90,9 @@ def test_a_merge_is_started_from_the_form_and_its_report_shows(
 
     run = wait_until(lambda: site.newest(f"{recipe}, alpha 0.5"), "the run of the form")
     page.goto(f"{site.url}/v2/runs/flow-run/{run}")
-    page.get_by_text("scores: started").first.wait_for()
-    camera(page, "prefect-running", 1000)
+    if camera.on:  # of tiny weights the line may be out of sight before the page is there
+        page.get_by_text("scores: started").first.wait_for()
+        camera(page, "prefect-running", 1000)
     assert site.state(run) == "Completed", site.logs(run)
     show_report(site, page, run, f"{name}-report", pictures=3)
     page.get_by_text(output).first.wait_for()

@@ -16,6 +16,7 @@ from crane_tasks.numerics.merge import (
     round_stochastic,
     seed_of,
     slerp,
+    stacked_edit_sums,
 )
 
 steady = settings(
@@ -247,3 +248,12 @@ def test_the_sums_of_blocks_add_up_to_those_of_the_whole() -> None:
     for part in zip(*(x.split(77) for x in (base, edit, stored, delta)), strict=True):
         total = total + edit_sums(*part)
     assert astuple(total) == pytest.approx(astuple(whole), rel=1e-6)  # float32 within a block
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_sums_leave_their_inputs_alone(dtype: torch.dtype) -> None:
+    base, stored = (normal(40, seed=s, dtype=dtype)[None] for s in (1, 2))
+    edit = normal(40, seed=3, dtype=torch.float32)[None]
+    before = [x.clone() for x in (base, edit, stored)]
+    stacked_edit_sums(base, edit, stored)
+    assert all(torch.equal(x, y) for x, y in zip((base, edit, stored), before, strict=True))
