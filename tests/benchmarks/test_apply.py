@@ -72,6 +72,11 @@ def ours(folder: Path, way: str, device: str = "cpu", alpha: float = ALPHA) -> C
     return took(folder, command)
 
 
+def best(folder: Path, way: str) -> Cost:
+    """The faster of two: the first may wait for pages that others had."""
+    return min((ours(folder, way) for _ in range(2)), key=lambda cost: cost["wall"])
+
+
 def mergekit(folder: Path) -> list[str]:
     """The command of mergekit's task arithmetic on the pair, in an environment of its own."""
     place = Path(__file__).parents[2] / "build" / "mergekit"
@@ -122,8 +127,8 @@ def test_apply_against_the_ceiling_mergekit_and_a_loop(
     ours(tmp_path, "copy")  # both pairs into the page cache
     prepared = ours(tmp_path, "prepare")
     costs = {
-        "ceiling": ours(tmp_path, "copy"),
-        "ceiling, flushed to disk": ours(tmp_path, "copy and sync"),
+        "ceiling": best(tmp_path, "copy"),
+        "ceiling, flushed to disk": best(tmp_path, "copy and sync"),
         "mergekit task_arithmetic": took(tmp_path, mergekit(tmp_path)),
         "shard-at-a-time loop": ours(tmp_path, "loop"),
         "crane: delta and thresholds": prepared,
