@@ -6,7 +6,8 @@ weights themselves lie in the output folder.
 
 import json
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import astuple, dataclass, field, fields
 from functools import lru_cache
 from importlib import metadata
@@ -227,7 +228,7 @@ def make_editor(ctx: Context, inputs: Inputs) -> Editor:
 
 @dataclass(frozen=True)
 class _Known:
-    """What an editor is made from, known by the key of what it makes."""
+    """What an editor is made from, known by what it makes, from which store, on which device."""
 
     key: str
     context: Context = field(compare=False)
@@ -241,6 +242,17 @@ def _ready(known: _Known) -> tuple[Editor, Pipeline]:
     return editor, Pipeline(editor)
 
 
+@contextmanager
+def _forgotten_on_error() -> Iterator[None]:
+    """What an editor holds open may be what was damaged, and will be made anew."""
+    try:
+        yield
+    except BaseException:
+        _ready.cache_clear()
+        raise
+
+
+@_forgotten_on_error()
 def _write_shard(
     ctx: Context,
     unit: Unit,
@@ -252,7 +264,8 @@ def _write_shard(
     total: int,
 ) -> None:
     """Write one file front to back; the unit holds its size, digest and the edit's sums."""
-    editor, pipeline = _ready(_Known(ref.key, ctx, inputs))
+    place = f"{ref.key} {ctx.store.root} {ctx.device}"
+    editor, pipeline = _ready(_Known(place, ctx, inputs))
     target = folder / shard.file
     part = target.with_name(target.name + ".part")
     announced = [(e.name, e.dtype, e.shape) for e in shard.entries]
