@@ -160,11 +160,15 @@ class Pipeline:
         cuda = self._device.type == "cuda"
         self._window = window or WINDOW[self._device.type]
         self._threads = threads or (GPU_THREADS if cuda else torch.get_num_threads())
+        self._buffers = self._fresh_buffers()
         _keep_small_blocks()
-        # One more waits in order, and one is with the caller.
-        self._buffers: SimpleQueue[_Buffers] = SimpleQueue()
+
+    def _fresh_buffers(self) -> "SimpleQueue[_Buffers]":
+        """One for every thread, for the window that waits in order, and for the caller's."""
+        buffers: SimpleQueue[_Buffers] = SimpleQueue()
         for _ in range(self._threads + 2):
-            self._buffers.put(_Buffers(pinned=cuda))
+            buffers.put(_Buffers(pinned=self._device.type == "cuda"))
+        return buffers
 
     def run(self, parts: Iterable[Part]) -> Iterator[MergedWindow]:
         """Merge the parts; windows come in order.
@@ -180,9 +184,15 @@ class Pipeline:
             budget=IN_FLIGHT[self._device.type],
             threads=self._threads,
         )
-        for merged, buffers in done:
-            yield merged
-            self._buffers.put(buffers)
+        ended = False
+        try:
+            for merged, buffers in done:
+                yield merged
+                self._buffers.put(buffers)
+            ended = True
+        finally:
+            if not ended:  # windows that nobody took have kept theirs
+                self._buffers = self._fresh_buffers()
 
     def _merge(self, window: Window) -> "tuple[MergedWindow, _Buffers]":
         buffers = self._buffers.get()

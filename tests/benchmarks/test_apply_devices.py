@@ -1,5 +1,6 @@
 """The pipeline's result does not depend on windows, threads or device."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from test_scoring import qwen3_moe
 from torch import Tensor
 
 from crane_tasks.apply import make_editor
+from crane_tasks.models.safetensors_io import byte_view
 from crane_tasks.pipeline import Pipeline, parts_of_entry
 from crane_tasks.recipe import recipe_from
 
@@ -56,6 +58,24 @@ def test_windows_and_threads_change_no_bit(
     other = merged(folder, "cpu", rounding, window, threads)
     assert usual.keys() == other.keys()
     assert all(torch.equal(usual[k].view(torch.int16), other[k].view(torch.int16)) for k in usual)
+
+
+def test_a_run_that_was_left_half_way_can_be_begun_again(folder: Path) -> None:
+    ctx = context(folder, "cpu", 0.25, folder / "out")
+    editor = make_editor(ctx, inputs(ctx))
+    pipeline = Pipeline(editor, window=1, threads=2)
+    entries = list(editor.base.entries.values())
+
+    def windows() -> Iterator[bytes]:
+        parts = (p for e in entries for p in parts_of_entry(editor, e))
+        return (bytes(byte_view(done.data)) for done in pipeline.run(parts))
+
+    whole = list(windows())
+    for _ in range(5):  # more often than there are buffers
+        left = windows()
+        assert next(left) == whole[0]
+        left.close()
+    assert list(windows()) == whole
 
 
 @pytest.mark.gpu
