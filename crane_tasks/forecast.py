@@ -140,6 +140,7 @@ def predicted_changes(
     for unit in forecast.units():
         layer = None if unit == "outside" else int(unit.removeprefix("layer."))
         factors = scores.per_component if layer is None else scores.per_layer[layer]
+        sigmas: dict[str, Tensor] = {}  # read once, whatever number of experts has one
         for name in SETS:
             rows = forecast.read(unit, name)
             groups: list[Group] = forecast.attributes(unit, name)["groups"]
@@ -148,7 +149,9 @@ def predicted_changes(
                     continue
                 change = float(row[0])
                 if site:
-                    sigma = projector.read(unit, f"{site}.sigma")
+                    if site not in sigmas:
+                        sigmas[site] = projector.read(unit, f"{site}.sigma")
+                    sigma = sigmas[site]
                     sigma = sigma[own] if sigma.dim() > 1 else sigma
                     weight = protection(sigma[sigma > 0], recipe.tau)
                     change -= float(row[1 : 1 + weight.numel()] @ weight)

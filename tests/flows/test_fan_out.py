@@ -17,19 +17,6 @@ GRID = {"alphas": [0.2, 0.4], "taus": [0.01]}
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[None]:
-    """A Prefect server of its own with a database of its own."""
-    from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
-    from prefect.testing.utilities import prefect_test_harness
-
-    with (
-        prefect_test_harness(server_startup_timeout=120),
-        temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}),
-    ):
-        yield
-
-
-@pytest.fixture(scope="module")
 def cluster() -> Iterator[str]:
     """A scheduler with two worker processes, as two machines would have one each."""
     from distributed import LocalCluster
