@@ -42,9 +42,13 @@ class DigestMemo:
         found = self.known(file)
         if found is not None:
             return found
-        stat = file.stat()
-        hasher = blake3(max_threads=blake3.AUTO)
-        hasher.update_mmap(file)
+        while True:
+            stat = file.stat()
+            hasher = blake3(max_threads=blake3.AUTO)
+            hasher.update_mmap(file)
+            # Replaced meanwhile: the digest is of the one, the stat of the other.
+            if signature(file.stat()) == signature(stat):
+                break
         digest = hasher.hexdigest()
         self.hashed_bytes += stat.st_size
         self.remember(file, stat, digest)
@@ -63,6 +67,11 @@ class DigestMemo:
         with self._file.open("a") as stream:
             stream.write(("\n" if self._torn else "") + json.dumps(record) + "\n")
         self._torn = False
+
+
+def signature(stat: os.stat_result) -> tuple[int, ...]:
+    """What changes when a file is replaced or written to."""
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 def hub_digest(file: Path) -> str | None:

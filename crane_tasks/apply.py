@@ -37,6 +37,7 @@ from crane_tasks.output import (
     Shard,
     check_output,
     copy_side_files,
+    held,
     holds,
     publish,
     shard_plan,
@@ -153,14 +154,17 @@ def write_apply(
     written = [draft.units[name]["meta"] for name in units]
     files = {m["file"]: {"size": m["size"], "digest": m["digest"]} for m in written}
     draft.meta |= {"files": files, "carried": base.carried, "units": list(units)}
+    memo = DigestMemo(ctx.store.root)
     if not published:
         _finish_folder(ctx, ref, inputs, plan, folder, files)
-        # Another merge may have taken the place in the meantime.
-        check_destination(ctx, ref, force=force)
-        publish(folder, ctx.output)
-    memo = DigestMemo(ctx.store.root)
-    for file, record in files.items():
-        memo.remember(ctx.output / file, (ctx.output / file).stat(), record["digest"])
+        # Of the files that were written: what lies in the output may be another's at once.
+        stats = {file: (folder / file).stat() for file in files}
+        with held(ctx.output):
+            # Another merge may have taken the place in the meantime.
+            check_destination(ctx, ref, force=force)
+            publish(folder, ctx.output)
+        for file, record in files.items():
+            memo.remember(ctx.output / file, stats[file], record["digest"])
 
 
 def _write_shards(

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from artifacts.memo import DigestMemo
+from artifacts.memo import DigestMemo, signature
 from artifacts.ref import Ref, digest_of
 from artifacts.schema import Schema
 from artifacts.store import Artifact, Built, Draft
@@ -30,6 +30,7 @@ from crane_tasks.calibration import (
 from crane_tasks.check import load_tokenizer
 from crane_tasks.context import GENERATION, Context, checkpoint_identity
 from crane_tasks.data import load_rows
+from crane_tasks.errors import CheckpointError
 from crane_tasks.models.checkpoint import Checkpoint
 from crane_tasks.models.decode import decode_greedily
 from crane_tasks.models.gradients import item_losses
@@ -82,14 +83,49 @@ class Model:
     Attributes:
         identity: what its measurements are kept under.
         folder: the checkpoint.
+        content: `behaviour_identity` of what must lie in the folder.
         edit: gives the edited tensors of a slot; None leaves the checkpoint as it is.
         loaded: a walk of the checkpoint that has the edit in it already, where there is one.
     """
 
     identity: str
     folder: Path
+    content: str
     edit: Edit | None = None
     loaded: LayerStream | None = None
+
+    @contextmanager
+    def proven(self, memo: DigestMemo) -> Iterator[None]:
+        """Prove that the folder holds what is to be measured, before the block and after it.
+
+        Raises:
+            CheckpointError: it does not, or it was replaced or written to meanwhile.
+        """
+        before: dict[str, tuple[int, ...]] = {}
+        try:
+            before = _signatures(self.folder)
+            if behaviour_identity(self.folder, memo) != self.content:
+                raise self._replaced()
+            yield
+        except (OSError, CheckpointError) as error:
+            # Files that vanish or do not fit each other: another run is writing there.
+            if self._changed(before):
+                raise self._replaced() from error
+            raise
+        if self._changed(before):
+            raise self._replaced()
+
+    def _changed(self, before: dict[str, tuple[int, ...]]) -> bool:
+        try:
+            return _signatures(self.folder) != before
+        except OSError:
+            return True
+
+    def _replaced(self) -> CheckpointError:
+        return CheckpointError(
+            f"{self.folder}: was replaced or written to by another run while it was evaluated; "
+            "nothing was kept of it. Give every merge an output of its own."
+        )
 
     @contextmanager
     def stream(self, ctx: Context, *, resident: bool | None = None) -> Iterator[LayerStream]:
@@ -110,9 +146,29 @@ class Model:
             yield stream
 
 
-def model_of(folder: Path, memo: DigestMemo) -> Model:
-    """A checkpoint folder as it is, known by its content."""
-    return Model(behaviour_identity(folder, memo), folder)
+def _signatures(folder: Path) -> dict[str, tuple[int, ...]]:
+    """What tells whether weights or configs of a folder were replaced or written to."""
+    files = (file for file in folder.iterdir() if file.suffix in (".safetensors", ".json"))
+    return {file.name: signature(file.stat()) for file in files}
+
+
+def base_and_donor(ctx: Context) -> dict[str, Model]:
+    """The pair that the run was begun with, whatever lies in the two folders by now."""
+    ids = {"base": ctx.base_id, "donor": ctx.donor_id}
+    folders = {"base": ctx.base, "donor": ctx.donor}
+    found = {}
+    for side, checkpoint in ids.items():
+        identity = _behaviour(checkpoint, ctx.stops[side])
+        found[side] = Model(identity, folders[side], identity)
+    return found
+
+
+def written_merge(ctx: Context, apply: Artifact, memo: DigestMemo) -> Model:
+    """What `apply` has written, by its own record of the files and not by what lies there."""
+    weights = sorted(record["digest"] for record in apply.meta["files"].values())
+    config = memo.digest(ctx.base / "config.json")
+    identity = _behaviour(digest_of({"weights": weights, "config": config}), ctx.stops["base"])
+    return Model(identity, ctx.output, identity)
 
 
 @dataclass(frozen=True)
@@ -163,12 +219,13 @@ def evaluation_sets(ctx: Context, calibration: Mapping[str, Ref]) -> EvaluationS
 def behaviour_identity(folder: Path, memo: DigestMemo) -> str:
     """A digest of what answers depend on: the weights, and where decoding stops."""
     stops = folder / GENERATION
-    return digest_of(
-        {
-            "checkpoint": checkpoint_identity(folder, memo),
-            "stops": memo.digest(stops) if stops.exists() else "",
-        }
+    return _behaviour(
+        checkpoint_identity(folder, memo), memo.digest(stops) if stops.exists() else ""
     )
+
+
+def _behaviour(checkpoint: str, stops: str) -> str:
+    return digest_of({"checkpoint": checkpoint, "stops": stops})
 
 
 def measure_ref(ctx: Context, model_id: str, sets: EvaluationSets) -> Ref:
@@ -194,15 +251,18 @@ def evaluate_ref(ctx: Context, apply_key: str, sets: EvaluationSets) -> Ref:
     return Ref(STAGE, VERSION, measured.config, inputs)
 
 
-def build_evaluate(ctx: Context, ref: Ref, sets: EvaluationSets) -> Built:
-    """Make or find the comparison of base, donor and merged."""
+def build_evaluate(ctx: Context, ref: Ref, apply: Ref, sets: EvaluationSets) -> Built:
+    """Make or find the comparison of base, donor and merged.
+
+    Raises:
+        CheckpointError: the output folder does not hold what `apply` wrote, or not any more.
+    """
 
     def write(draft: Draft) -> None:
         ensure_heldout(ctx, sets)
         memo = DigestMemo(ctx.store.root)
-        folders = {"base": ctx.base, "donor": ctx.donor, "merged": ctx.output}
-        models = {name: model_of(folder, memo) for name, folder in folders.items()}
-        write_comparison(compare(ctx, models, sets), draft)
+        merged = written_merge(ctx, ctx.store.open(apply), memo)
+        write_comparison(compare(ctx, base_and_donor(ctx) | {"merged": merged}, sets), draft)
 
     return ctx.store.build(ref, SCHEMA, write)
 
@@ -228,7 +288,12 @@ def write_comparison(result: dict[str, Any], draft: Draft) -> None:
 def measured(ctx: Context, model: Model, sets: EvaluationSets) -> Artifact:
     """A model's measurements, made if they are missing."""
     ref = measure_ref(ctx, model.identity, sets)
-    ctx.store.build(ref, MEASURE_SCHEMA, lambda draft: write_measurements(ctx, model, sets, draft))
+
+    def write(draft: Draft) -> None:
+        with model.proven(DigestMemo(ctx.store.root)):
+            write_measurements(ctx, model, sets, draft)
+
+    ctx.store.build(ref, MEASURE_SCHEMA, write)
     return ctx.store.open(ref)
 
 
@@ -399,9 +464,10 @@ def _add_divergence(
     states = {name: artifact.read("agent", "format_states") for name, artifact in opened.items()}
     if not states["base"].shape[0]:
         return
-    reference = _log_probabilities(ctx, models["base"], states["base"])
+    memo = DigestMemo(ctx.store.root)
+    reference = _log_probabilities(ctx, models["base"], states["base"], memo)
     for name, model in models.items():
-        others = _log_probabilities(ctx, model, states[name])
+        others = _log_probabilities(ctx, model, states[name], memo)
         total = 0.0
         for ours, theirs in zip(reference, others, strict=True):
             total += float((ours.exp() * (ours - theirs)).sum(dtype=torch.float64))
@@ -409,10 +475,12 @@ def _add_divergence(
         found[name]["format_divergence"] = max(0.0, total / states["base"].shape[0])
 
 
-def _log_probabilities(ctx: Context, model: Model, states: Tensor) -> list[Tensor]:
+def _log_probabilities(
+    ctx: Context, model: Model, states: Tensor, memo: DigestMemo
+) -> list[Tensor]:
     """Log-probabilities of the next token from last-layer states [n, d], in blocks."""
     blocks = []
-    with model.stream(ctx) as stream, stream.head():
+    with model.proven(memo), model.stream(ctx) as stream, stream.head():
         for block in torch.split(states, POSITION_BLOCK):
             hidden = block[None].to(device=ctx.torch_device, dtype=ctx.compute_dtype)
             positions = torch.arange(block.shape[0], device=ctx.torch_device)
@@ -435,8 +503,7 @@ def build_checkpoint_comparison(
 
     def write(draft: Draft) -> None:
         ensure_heldout(ctx, sets)
-        folders = {"base": ctx.base, "donor": ctx.donor, "checkpoint": checkpoint}
-        models = {name: model_of(folder, memo) for name, folder in folders.items()}
+        models = base_and_donor(ctx) | {"checkpoint": Model(identity, checkpoint, identity)}
         write_comparison(compare(ctx, models, sets), draft)
 
     built = ctx.store.build(ref, SCHEMA, write)

@@ -1,9 +1,11 @@
 """The output folder: shard plan, side files, provenance, and its appearance all at once."""
 
+import fcntl
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -139,8 +141,19 @@ def check_output(folder: Path, inputs: Mapping[str, Path], *, key: str, force: b
         )
 
 
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keep other runs from replacing an output meanwhile: a kernel lock on its parent folder."""
+    handle = os.open(folder.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
 def publish(draft: Path, folder: Path) -> None:
-    """Make the finished draft the output, in one rename."""
+    """Make the finished draft the output, in one rename; to be called with the folder `held`."""
     for file in draft.rglob("*"):
         if file.is_file():
             with file.open("rb+") as stream:

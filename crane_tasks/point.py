@@ -12,7 +12,6 @@ from functools import partial
 
 from torch import Tensor
 
-from artifacts.memo import DigestMemo
 from artifacts.ref import Ref
 from artifacts.store import Built, Draft
 from crane_tasks.apply import Inputs, make_editor
@@ -23,11 +22,11 @@ from crane_tasks.evaluate import (
     SCHEMA,
     EvaluationSets,
     Model,
+    base_and_donor,
     compare,
     ensure_heldout,
     measure_ref,
     measured,
-    model_of,
     write_comparison,
 )
 from crane_tasks.models.checkpoint import Checkpoint
@@ -79,8 +78,7 @@ def build_point(ctx: Context, ref: Ref, apply: Ref, inputs: Inputs, sets: Evalua
 def _write_point(
     ctx: Context, apply: Ref, inputs: Inputs, sets: EvaluationSets, draft: Draft
 ) -> None:
-    memo = DigestMemo(ctx.store.root)
-    base, donor = model_of(ctx.base, memo), model_of(ctx.donor, memo)
+    base, donor = base_and_donor(ctx).values()
     if not ctx.store.has(measure_ref(ctx, donor.identity, sets)):
         release_base()  # one model in memory at a time
     measured(ctx, donor, sets)
@@ -90,7 +88,7 @@ def _write_point(
     edit = partial(merged_rows, editor, Pipeline(editor))
     try:
         with stream.edited(edit):
-            merged = Model(apply.key, ctx.base, edit, stream)
+            merged = Model(apply.key, ctx.base, base.content, edit, stream)
             models = {"base": base, "donor": donor, "merged": merged}
             write_comparison(compare(ctx, models, sets), draft)
     except RecipeError:

@@ -249,7 +249,7 @@ def build_all(ctx: Context, refs: Refs, call: Call, *, force: bool) -> list[Buil
     built = [
         *build_inputs(ctx, refs, call),
         call("apply", _build_apply, ctx, refs, force),
-        call("evaluate", build_evaluate, ctx, r.evaluate, r.sets),
+        call("evaluate", build_evaluate, ctx, r.evaluate, r.apply, r.sets),
     ]
     return sorted(built, key=lambda b: STAGES.index(b.ref.stage))
 
