@@ -17,9 +17,9 @@ from artifacts.store import Store
 from crane_tasks.check import check_pair
 from crane_tasks.data import load_rows
 from crane_tasks.errors import CheckpointError, RecipeError
-from crane_tasks.models.checkpoint import INDEX, SINGLE, TOKENIZER_FILES, Pair, side_files
-from crane_tasks.models.pace import Step
-from crane_tasks.models.stream import free_memory
+from crane_tasks.models.files.checkpoint import INDEX, SINGLE, TOKENIZER_FILES, Pair, side_files
+from crane_tasks.models.walk.pace import Step
+from crane_tasks.models.walk.stream import free_memory
 from crane_tasks.recipe import Recipe
 from crane_tasks.spread import Spread, here
 

@@ -19,8 +19,8 @@ from artifacts.store import Artifact
 from crane_tasks.check import special_tokens
 from crane_tasks.delta import decode
 from crane_tasks.errors import CraneError, RecipeError
-from crane_tasks.models.checkpoint import Checkpoint
-from crane_tasks.models.layout import Site, Slot
+from crane_tasks.models.files.checkpoint import Checkpoint
+from crane_tasks.models.files.layout import Site, Slot
 from crane_tasks.numerics.merge import round_stochastic, seed_of, slerp, stacked_edit_sums
 from crane_tasks.numerics.projector import project, protection
 from crane_tasks.numerics.threshold import keep_above

@@ -20,7 +20,7 @@ from crane_tasks.context import Context
 from crane_tasks.delta import read_stacked_delta
 from crane_tasks.edit import SLERP_SHARE
 from crane_tasks.gradients import SETS, read_gradient
-from crane_tasks.models.layout import Slot, unit_name
+from crane_tasks.models.files.layout import Slot, unit_name
 from crane_tasks.numerics.projector import protection
 from crane_tasks.numerics.threshold import keep_above
 from crane_tasks.projector import basis_site, read_basis

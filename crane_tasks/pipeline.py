@@ -22,8 +22,8 @@ from artifacts.tensors import Chunk
 from crane_tasks.ahead import in_order
 from crane_tasks.edit import Editor
 from crane_tasks.errors import RecipeError
-from crane_tasks.models.layout import Slot
-from crane_tasks.models.safetensors_io import Entry, Span, byte_view, read_span
+from crane_tasks.models.files.layout import Slot
+from crane_tasks.models.files.safetensors_io import Entry, Span, byte_view, read_span
 
 # Bytes of a window. On a CPU small: many are in flight. On a GPU large enough that its
 # transfers and products run at full speed.

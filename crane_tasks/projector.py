@@ -12,10 +12,10 @@ from artifacts.store import Artifact, Built, Draft, Unit
 from crane_tasks.calibration import read_set
 from crane_tasks.context import Context
 from crane_tasks.errors import CraneError
-from crane_tasks.models.activations import Sum, Sums, walk_activations
-from crane_tasks.models.layout import Layout, Site, Slot, unit_name
-from crane_tasks.models.states import States
-from crane_tasks.models.stream import LayerStream
+from crane_tasks.models.files.layout import Layout, Site, Slot, unit_name
+from crane_tasks.models.walk.activations import Sum, Sums, walk_activations
+from crane_tasks.models.walk.states import States
+from crane_tasks.models.walk.stream import LayerStream
 from crane_tasks.numerics.projector import Basis, basis_from_gram, gram
 
 STAGE = "projector"

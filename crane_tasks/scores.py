@@ -26,11 +26,11 @@ from crane_tasks.gradients import (
     write_gradients,
 )
 from crane_tasks.gradients import SCHEMA as GRADIENTS
-from crane_tasks.models.checkpoint import Checkpoint
-from crane_tasks.models.gradients import Gradients, GradientWalk
-from crane_tasks.models.layout import Layout, Slot, unit_name
-from crane_tasks.models.states import States
-from crane_tasks.models.stream import LayerStream
+from crane_tasks.models.files.checkpoint import Checkpoint
+from crane_tasks.models.files.layout import Layout, Slot, unit_name
+from crane_tasks.models.walk.gradients import Gradients, GradientWalk
+from crane_tasks.models.walk.states import States
+from crane_tasks.models.walk.stream import LayerStream
 from crane_tasks.numerics.gate import GainSums, NoGain, normalised, pooled, stacked_gain_sums
 from crane_tasks.tables import read_table, write_table
 from crane_tasks.threshold import gated

@@ -11,12 +11,12 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from crane_tasks.errors import CheckpointError
-from crane_tasks.models.batches import ONE_BY_ONE
-from crane_tasks.models.checkpoint import Checkpoint
-from crane_tasks.models.gradients import Gradients, GradientWalk, item_losses
-from crane_tasks.models.pace import Step
-from crane_tasks.models.states import States
-from crane_tasks.models.stream import LOGIT_BYTES, Item, LayerStream
+from crane_tasks.models.files.checkpoint import Checkpoint
+from crane_tasks.models.walk.batches import ONE_BY_ONE
+from crane_tasks.models.walk.gradients import Gradients, GradientWalk, item_losses
+from crane_tasks.models.walk.pace import Step
+from crane_tasks.models.walk.states import States
+from crane_tasks.models.walk.stream import LOGIT_BYTES, Item, LayerStream
 
 CPU = torch.device("cpu")
 Found = dict[int | None, dict[str, Gradients]]

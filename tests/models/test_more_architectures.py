@@ -22,13 +22,13 @@ from test_site_activations import hooked_rows
 from test_site_activations import walk as walk_sites
 
 from crane_tasks.errors import CheckpointError
-from crane_tasks.models.activations import Sums
-from crane_tasks.models.batches import ONE_BY_ONE
-from crane_tasks.models.checkpoint import Checkpoint, Pair
-from crane_tasks.models.gradients import item_losses
-from crane_tasks.models.layout import known_architectures, layout_of
-from crane_tasks.models.pace import Step
-from crane_tasks.models.stream import LayerStream, check_parameters, skeleton
+from crane_tasks.models.files.checkpoint import Checkpoint, Pair
+from crane_tasks.models.files.layout import known_architectures, layout_of
+from crane_tasks.models.walk.activations import Sums
+from crane_tasks.models.walk.batches import ONE_BY_ONE
+from crane_tasks.models.walk.gradients import item_losses
+from crane_tasks.models.walk.pace import Step
+from crane_tasks.models.walk.stream import LayerStream, check_parameters, skeleton
 
 Pairs = Callable[[str], TinyPair]
 BIAS = "model.layers.1.mlp.gate.e_score_correction_bias"

@@ -9,9 +9,9 @@ import torch
 from conftest import TinyPair, load_tensors, save_tensors
 
 from crane_tasks.errors import CheckpointError
-from crane_tasks.models.checkpoint import Checkpoint
-from crane_tasks.models.layout import known_architectures, layout_of, unit_name
-from crane_tasks.models.safetensors_io import header_bytes
+from crane_tasks.models.files.checkpoint import Checkpoint
+from crane_tasks.models.files.layout import known_architectures, layout_of, unit_name
+from crane_tasks.models.files.safetensors_io import header_bytes
 
 # What DESIGN 1 says of a tensor, by the name within its layer, `*` for the expert:
 # component, its own site, and whether that site is published.

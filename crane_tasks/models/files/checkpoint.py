@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from crane_tasks.errors import CheckpointError
-from crane_tasks.models.layout import Layout, Slot, layout_of
-from crane_tasks.models.safetensors_io import (
+from crane_tasks.models.files.layout import Layout, Slot, layout_of
+from crane_tasks.models.files.safetensors_io import (
     DTYPES,
     MERGEABLE,
     Entry,
@@ -234,7 +234,7 @@ class Checkpoint:
         if unlisted:
             raise CheckpointError(
                 f"{self.folder}: the layout of {self.layout.model_type} lists no tensor "
-                f"{listed(unlisted)}. Add a row to crane_tasks/models/layouts."
+                f"{listed(unlisted)}. Add a row to crane_tasks/models/files/layouts."
             )
         self._check_complete(found)
         self.pieces = {name: [p for _, p in sorted(found[name].items())] for name in found}

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from crane_tasks.models.loading import recorded
+from crane_tasks.models.walk.loading import recorded
 
 
 class Keeper:

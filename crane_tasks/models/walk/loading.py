@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from crane_tasks.models.checkpoint import Source
-from crane_tasks.models.safetensors_io import Span, byte_view, read_span
+from crane_tasks.models.files.checkpoint import Source
+from crane_tasks.models.files.safetensors_io import Span, byte_view, read_span
 
 # One thread copies some GB/s out of the page cache, a GPU takes 50 of them.
 THREADS = min(12, os.cpu_count() or 1)

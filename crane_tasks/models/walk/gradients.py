@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from crane_tasks.models.batches import Batch, batched, plan_mark, unpadded
-from crane_tasks.models.pace import Pace, Progress
-from crane_tasks.models.passage import Passage
-from crane_tasks.models.states import States
-from crane_tasks.models.stream import Item, LayerStream
+from crane_tasks.models.walk.batches import Batch, batched, plan_mark, unpadded
+from crane_tasks.models.walk.pace import Pace, Progress
+from crane_tasks.models.walk.passage import Passage
+from crane_tasks.models.walk.states import States
+from crane_tasks.models.walk.stream import Item, LayerStream
 
 Gradients = dict[str, Tensor]  # parameter name within its layer -> gradient
 Sets = Mapping[str, list[Item]]

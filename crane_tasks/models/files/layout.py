@@ -183,7 +183,7 @@ def _first(config: Mapping[str, Any], keys: Iterable[str]) -> int:
 
 def _merged_table(model_type: str) -> dict[str, Any]:
     """The table's own rows before those of the table that it extends."""
-    folder = resources.files("crane_tasks.models") / "layouts"
+    folder = resources.files("crane_tasks.models.files") / "layouts"
     table = tomllib.loads((folder / f"{model_type}.toml").read_text())
     if parent_name := table.pop("extends", None):
         parent = _merged_table(parent_name)
@@ -196,7 +196,7 @@ def _merged_table(model_type: str) -> dict[str, Any]:
 
 def known_architectures() -> list[str]:
     """The model types that have a table."""
-    folder = resources.files("crane_tasks.models") / "layouts"
+    folder = resources.files("crane_tasks.models.files") / "layouts"
     return sorted(p.name.removesuffix(".toml") for p in folder.iterdir())
 
 
@@ -211,7 +211,7 @@ def layout_of(model_type: str) -> Layout:
         raise CheckpointError(
             f"architecture '{model_type}' has no layout table. Known: "
             f"{', '.join(known_architectures())}. A new one is a file in "
-            "crane_tasks/models/layouts."
+            "crane_tasks/models/files/layouts."
         )
     table = _merged_table(model_type)
     sites = {

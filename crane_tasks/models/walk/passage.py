@@ -5,9 +5,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from crane_tasks.models.batches import Batch
-from crane_tasks.models.pace import Pace
-from crane_tasks.models.stream import LayerStream
+from crane_tasks.models.walk.batches import Batch
+from crane_tasks.models.walk.pace import Pace
+from crane_tasks.models.walk.stream import LayerStream
 
 
 class Passage:

@@ -18,8 +18,8 @@ import torch
 from blake3 import blake3
 from torch import Tensor
 
-from crane_tasks.models.loading import recorded
-from crane_tasks.models.safetensors_io import DTYPES, ShardWriter, read_header, read_rows
+from crane_tasks.models.files.safetensors_io import DTYPES, ShardWriter, read_header, read_rows
+from crane_tasks.models.walk.loading import recorded
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 SUFFIX = ".safetensors"

@@ -12,12 +12,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from crane_tasks.models.batches import batched, plan_mark
-from crane_tasks.models.layout import Site
-from crane_tasks.models.pace import Pace, Progress
-from crane_tasks.models.passage import Passage
-from crane_tasks.models.states import States
-from crane_tasks.models.stream import LayerStream
+from crane_tasks.models.files.layout import Site
+from crane_tasks.models.walk.batches import batched, plan_mark
+from crane_tasks.models.walk.pace import Pace, Progress
+from crane_tasks.models.walk.passage import Passage
+from crane_tasks.models.walk.states import States
+from crane_tasks.models.walk.stream import LayerStream
 
 
 @dataclass

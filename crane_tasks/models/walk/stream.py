@@ -21,10 +21,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from crane_tasks.errors import CheckpointError
-from crane_tasks.models.checkpoint import Checkpoint, Source, listed
-from crane_tasks.models.keeping import Ferry, Keeper
-from crane_tasks.models.layout import Layout
-from crane_tasks.models.loading import Loader
+from crane_tasks.models.files.checkpoint import Checkpoint, Source, listed
+from crane_tasks.models.files.layout import Layout
+from crane_tasks.models.walk.keeping import Ferry, Keeper
+from crane_tasks.models.walk.loading import Loader
 
 # What transformers raises over a config that makes no sense.
 CONFIG_ERRORS = (
