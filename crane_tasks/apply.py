@@ -28,7 +28,8 @@ from crane_tasks.context import Context
 from crane_tasks.delta import read_statistics
 from crane_tasks.edit import Editor, row_factors
 from crane_tasks.errors import RecipeError
-from crane_tasks.models.files.checkpoint import CARD, Checkpoint
+from crane_tasks.models.files.checkpoint import Checkpoint
+from crane_tasks.models.files.folder import CARD
 from crane_tasks.models.files.safetensors_io import ShardWriter
 from crane_tasks.numerics.merge import EditSums
 from crane_tasks.output import (

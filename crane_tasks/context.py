@@ -17,7 +17,8 @@ from artifacts.store import Store
 from crane_tasks.check import check_pair
 from crane_tasks.data import load_rows
 from crane_tasks.errors import CheckpointError, RecipeError
-from crane_tasks.models.files.checkpoint import INDEX, SINGLE, TOKENIZER_FILES, Pair, side_files
+from crane_tasks.models.files.folder import TOKENIZER_FILES, side_files, weight_files
+from crane_tasks.models.files.pair import Pair
 from crane_tasks.models.walk.pace import Step
 from crane_tasks.models.walk.stream import free_memory
 from crane_tasks.recipe import Recipe
@@ -272,16 +273,10 @@ def checkpoint_folder(recipe: Recipe, value: str) -> Path:
     return Path(folder)
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    index = folder / INDEX
-    if not index.exists():
-        return [folder / SINGLE]
-    return [folder / f for f in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-
-
 def checkpoint_identity(folder: Path, memo: DigestMemo) -> str:
     """A digest of the weights and the config, independent of where the folder lies."""
-    weights = sorted(memo.digest(file) for file in _weight_files(folder))
+    files, _ = weight_files(folder)
+    weights = sorted(memo.digest(file) for file in files)
     return digest_of({"weights": weights, "config": memo.digest(folder / "config.json")})
 
 

@@ -12,7 +12,9 @@ from conftest import TinyPair, load_tensors, save_tensors
 from safetensors.torch import load_file, save_file
 
 from crane_tasks.errors import CheckpointError
-from crane_tasks.models.files.checkpoint import Checkpoint, listed, read_config
+from crane_tasks.models.files.checkpoint import Checkpoint
+from crane_tasks.models.files.folder import read_config
+from crane_tasks.models.files.wording import listed
 from crane_tasks.models.walk.stream import check_parameters
 
 EXPERTS = "model.layers.{}.mlp.experts."

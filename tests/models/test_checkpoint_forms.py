@@ -11,7 +11,8 @@ from conftest import TinyPair, load_tensors, save_tensors, tiny_config, write_ch
 from torch import Tensor
 
 from crane_tasks.errors import CheckpointError
-from crane_tasks.models.files.checkpoint import Checkpoint, Pair
+from crane_tasks.models.files.checkpoint import Checkpoint
+from crane_tasks.models.files.pair import Pair
 from crane_tasks.models.walk.loading import Loader
 from crane_tasks.models.walk.stream import check_parameters, skeleton
 

@@ -22,8 +22,9 @@ from test_site_activations import hooked_rows
 from test_site_activations import walk as walk_sites
 
 from crane_tasks.errors import CheckpointError
-from crane_tasks.models.files.checkpoint import Checkpoint, Pair
+from crane_tasks.models.files.checkpoint import Checkpoint
 from crane_tasks.models.files.layout import known_architectures, layout_of
+from crane_tasks.models.files.pair import Pair
 from crane_tasks.models.walk.activations import Sums
 from crane_tasks.models.walk.batches import ONE_BY_ONE
 from crane_tasks.models.walk.gradients import item_losses

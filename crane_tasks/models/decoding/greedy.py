@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from crane_tasks.errors import CheckpointError
-from crane_tasks.models.files.checkpoint import read_config
+from crane_tasks.models.files.folder import read_config
 from crane_tasks.models.files.layout import layout_of
 from crane_tasks.models.walk.stream import experts_options
 

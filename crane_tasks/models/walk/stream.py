@@ -21,8 +21,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from crane_tasks.errors import CheckpointError
-from crane_tasks.models.files.checkpoint import Checkpoint, Source, listed
+from crane_tasks.models.files.checkpoint import Checkpoint, Source
 from crane_tasks.models.files.layout import Layout
+from crane_tasks.models.files.wording import listed
 from crane_tasks.models.walk.keeping import Ferry, Keeper
 from crane_tasks.models.walk.loading import Loader
 
