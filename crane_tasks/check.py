@@ -11,7 +11,7 @@ from crane_tasks.models.files.checkpoint import Checkpoint
 from crane_tasks.models.files.folder import TOKENIZER_FILES
 from crane_tasks.models.files.pair import Pair
 from crane_tasks.models.files.wording import listed
-from crane_tasks.models.walk.stream import CONFIG_ERRORS, check_parameters
+from crane_tasks.models.walk.skeleton import CONFIG_ERRORS, check_parameters
 
 # Config fields in which an Instruct and a Thinking model may differ: they do not enter the
 # function that the weights compute.

@@ -18,9 +18,9 @@ from crane_tasks.check import check_pair
 from crane_tasks.data import load_rows
 from crane_tasks.errors import CheckpointError, RecipeError
 from crane_tasks.models.files.folder import TOKENIZER_FILES, side_files, weight_files
+from crane_tasks.models.files.memory import free_memory
 from crane_tasks.models.files.pair import Pair
 from crane_tasks.models.walk.pace import Step
-from crane_tasks.models.walk.stream import free_memory
 from crane_tasks.recipe import Recipe
 from crane_tasks.spread import Spread, here
 

@@ -32,8 +32,9 @@ from crane_tasks.context import GENERATION, Context, checkpoint_identity
 from crane_tasks.data import load_rows
 from crane_tasks.models.decoding.greedy import decode_greedily
 from crane_tasks.models.files.checkpoint import Checkpoint
-from crane_tasks.models.walk.gradients import item_losses
-from crane_tasks.models.walk.stream import Edit, LayerStream
+from crane_tasks.models.walk.losses import item_losses
+from crane_tasks.models.walk.overlay import Edit
+from crane_tasks.models.walk.stream import LayerStream
 from crane_tasks.recipe import Endpoint, Recipe, Targets, TargetSet
 
 STAGE = "evaluate"

@@ -11,7 +11,7 @@ from crane_tasks.context import Progress, make_context, no_progress
 from crane_tasks.errors import CheckpointError
 from crane_tasks.evaluate import build_checkpoint_comparison
 from crane_tasks.models.files.checkpoint import Checkpoint
-from crane_tasks.models.walk.stream import check_parameters
+from crane_tasks.models.walk.skeleton import check_parameters
 from crane_tasks.recipe import Recipe
 from flows.merge import all_refs, check_data, healing
 from flows.transient import naming_full_disk

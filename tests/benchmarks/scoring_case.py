@@ -16,8 +16,9 @@ from torch import Tensor
 
 from crane_tasks.models.files.checkpoint import Checkpoint
 from crane_tasks.models.walk.gradients import Gradients, GradientWalk
+from crane_tasks.models.walk.losses import Item
 from crane_tasks.models.walk.states import States
-from crane_tasks.models.walk.stream import Item, LayerStream
+from crane_tasks.models.walk.stream import LayerStream
 from crane_tasks.numerics.gate import stacked_gain_sums
 
 CHUNK = 2  # layers that the chunked scheme unfreezes at a time

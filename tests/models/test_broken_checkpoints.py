@@ -15,7 +15,7 @@ from crane_tasks.errors import CheckpointError
 from crane_tasks.models.files.checkpoint import Checkpoint
 from crane_tasks.models.files.folder import read_config
 from crane_tasks.models.files.wording import listed
-from crane_tasks.models.walk.stream import check_parameters
+from crane_tasks.models.walk.skeleton import check_parameters
 
 EXPERTS = "model.layers.{}.mlp.experts."
 

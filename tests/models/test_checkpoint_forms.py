@@ -14,7 +14,7 @@ from crane_tasks.errors import CheckpointError
 from crane_tasks.models.files.checkpoint import Checkpoint
 from crane_tasks.models.files.pair import Pair
 from crane_tasks.models.walk.loading import Loader
-from crane_tasks.models.walk.stream import check_parameters, skeleton
+from crane_tasks.models.walk.skeleton import check_parameters, skeleton
 
 MOE = ["qwen3_moe", "qwen3_next"]
 EXPERTS = "model.layers.{}.mlp.experts."

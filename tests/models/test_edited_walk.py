@@ -10,9 +10,10 @@ from torch import Tensor
 
 from crane_tasks.models.decoding.greedy import decode_greedily, load_resident
 from crane_tasks.models.files.checkpoint import Checkpoint
-from crane_tasks.models.walk.gradients import item_losses
+from crane_tasks.models.walk.losses import Item, item_losses
+from crane_tasks.models.walk.overlay import Edit
 from crane_tasks.models.walk.pace import Step
-from crane_tasks.models.walk.stream import Edit, Item, LayerStream
+from crane_tasks.models.walk.stream import LayerStream
 
 CPU = torch.device("cpu")
 PROMPTS = [[11, 12, 13, 14, 15, 16, 17, 18, 19], [200], [40, 41, 42], [9, 9, 300, 7, 9]]

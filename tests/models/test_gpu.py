@@ -11,9 +11,10 @@ from torch import Tensor
 from crane_tasks.models.decoding.greedy import decode_greedily, load_resident
 from crane_tasks.models.files.checkpoint import Checkpoint
 from crane_tasks.models.walk.activations import Sums, walk_activations
-from crane_tasks.models.walk.gradients import Gradients, GradientWalk, item_losses
+from crane_tasks.models.walk.gradients import Gradients, GradientWalk
+from crane_tasks.models.walk.losses import Item, item_losses
 from crane_tasks.models.walk.states import States
-from crane_tasks.models.walk.stream import Item, LayerStream
+from crane_tasks.models.walk.stream import LayerStream
 from crane_tasks.numerics.gate import gain_sums
 from crane_tasks.numerics.merge import round_stochastic
 from crane_tasks.numerics.projector import basis_from_gram, gram, project, protection
@@ -98,7 +99,7 @@ def test_weights_and_states_that_come_and_go_give_the_bits_of_those_that_stay(
     in_use: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("crane_tasks.models.walk.stream.IN_USE", in_use)
+    monkeypatch.setattr("crane_tasks.models.walk.keeping.IN_USE", in_use)
     torch.use_deterministic_algorithms(True)
     stay = _gradients(tiny_pair.base, CUDA, torch.bfloat16, tmp_path / "stay", resident=True)
     go = _gradients(

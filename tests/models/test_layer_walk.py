@@ -13,10 +13,11 @@ from torch.nn.functional import cross_entropy
 from crane_tasks.errors import CheckpointError
 from crane_tasks.models.files.checkpoint import Checkpoint
 from crane_tasks.models.walk.batches import ONE_BY_ONE
-from crane_tasks.models.walk.gradients import Gradients, GradientWalk, item_losses
+from crane_tasks.models.walk.gradients import Gradients, GradientWalk
+from crane_tasks.models.walk.losses import LOGIT_BYTES, Item, item_losses
 from crane_tasks.models.walk.pace import Step
 from crane_tasks.models.walk.states import States
-from crane_tasks.models.walk.stream import LOGIT_BYTES, Item, LayerStream
+from crane_tasks.models.walk.stream import LayerStream
 
 CPU = torch.device("cpu")
 Found = dict[int | None, dict[str, Gradients]]

@@ -27,9 +27,10 @@ from crane_tasks.models.files.layout import known_architectures, layout_of
 from crane_tasks.models.files.pair import Pair
 from crane_tasks.models.walk.activations import Sums
 from crane_tasks.models.walk.batches import ONE_BY_ONE
-from crane_tasks.models.walk.gradients import item_losses
+from crane_tasks.models.walk.losses import item_losses
 from crane_tasks.models.walk.pace import Step
-from crane_tasks.models.walk.stream import LayerStream, check_parameters, skeleton
+from crane_tasks.models.walk.skeleton import check_parameters, skeleton
+from crane_tasks.models.walk.stream import LayerStream
 
 Pairs = Callable[[str], TinyPair]
 BIAS = "model.layers.1.mlp.gate.e_score_correction_bias"

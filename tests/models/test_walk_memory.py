@@ -21,7 +21,8 @@ import torch
 from crane_tasks.models.files.checkpoint import Checkpoint
 from crane_tasks.models.walk.gradients import GradientWalk
 from crane_tasks.models.walk.states import States
-from crane_tasks.models.walk.stream import Item, LayerStream
+from crane_tasks.models.walk.losses import Item
+from crane_tasks.models.walk.stream import LayerStream
 
 folder, budget, scratch = sys.argv[1:]
 stream = LayerStream(

@@ -19,8 +19,8 @@ from crane_tasks.check import load_tokenizer
 from crane_tasks.data import load_rows
 from crane_tasks.models.files.checkpoint import Checkpoint
 from crane_tasks.models.files.layout import Slot
-from crane_tasks.models.walk.gradients import item_losses
-from crane_tasks.models.walk.stream import Item, LayerStream
+from crane_tasks.models.walk.losses import Item, item_losses
+from crane_tasks.models.walk.stream import LayerStream
 from crane_tasks.numerics.projector import project, protection
 from crane_tasks.numerics.threshold import keep_above, median_magnitude
 from crane_tasks.recipe import load_recipe

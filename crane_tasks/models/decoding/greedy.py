@@ -9,7 +9,7 @@ import torch
 from crane_tasks.errors import CheckpointError
 from crane_tasks.models.files.folder import read_config
 from crane_tasks.models.files.layout import layout_of
-from crane_tasks.models.walk.stream import experts_options
+from crane_tasks.models.walk.skeleton import experts_options
 
 
 def load_resident(folder: Path, device: torch.device, compute: torch.dtype) -> Any:

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from crane_tasks.models.walk.batches import Batch, batched, plan_mark, unpadded
+from crane_tasks.models.walk.batches import Batch, batched, plan_mark
+from crane_tasks.models.walk.losses import Item, batch_losses
 from crane_tasks.models.walk.pace import Pace, Progress
 from crane_tasks.models.walk.passage import Passage
 from crane_tasks.models.walk.states import States
-from crane_tasks.models.walk.stream import Item, LayerStream
+from crane_tasks.models.walk.stream import LayerStream
 
 Gradients = dict[str, Tensor]  # parameter name within its layer -> gradient
 Sets = Mapping[str, list[Item]]
@@ -183,7 +184,7 @@ class GradientWalk:
                 sums = Accumulator(stream.outside)
                 for index, batch in self._of(name):
                     chosen = [items[i] for i in batch.items]
-                    losses, grad = stream.losses(self._keeper.fetch(hidden[index]), chosen)
+                    losses, grad = batch_losses(stream, self._keeper.fetch(hidden[index]), chosen)
                     assert grad is not None
                     gradients[index] = self._keeper.keep(grad)
                     for item, loss in zip(batch.items, losses, strict=True):
@@ -240,27 +241,3 @@ class GradientWalk:
                 found[name] = sums.result(self._kept)
         self._keeper.settle()
         return found, outgoing
-
-
-@torch.no_grad()
-def item_losses(
-    stream: LayerStream, items: list[Item], progress: Progress
-) -> tuple[list[float], list[Tensor]]:
-    """Each item's mean token NLL, and its state [T, d] after the last layer; forward only."""
-    batches = batched([item.ids for item in items], stream.batch_tokens)
-    passage = Passage(stream, batches, 2)
-    count = stream.num_layers
-    pace = Pace(progress, layers=count, tokens=passage.tokens, passes=count)
-    stream.expect(range(count))
-    for layer in range(count):
-        with stream.layer(layer) as module:
-            passage.push(module, layer, pace)
-        pace.layer()
-    losses, states = [math.nan] * len(items), [torch.empty(0)] * len(items)
-    with stream.head():
-        for batch, h in zip(batches, passage.hidden, strict=True):
-            found, _ = stream.losses(passage.keeper.fetch(h), [items[i] for i in batch.items])
-            own = unpadded(batch, h)
-            for place, loss, state in zip(batch.items, found, own, strict=True):
-                losses[place], states[place] = loss, state
-    return losses, states

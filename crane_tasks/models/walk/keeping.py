@@ -7,6 +7,9 @@ from torch import Tensor
 
 from crane_tasks.models.walk.loading import recorded
 
+# Lists of hidden states that are on a device at once where the rest is in host memory.
+IN_USE = 6
+
 
 class Keeper:
     """Keeps states where they are: on the device, or on a CPU that is the device.
@@ -93,3 +96,20 @@ class Ferry(Keeper):
     def settle(self) -> None:
         for slot in self._slots:
             slot.free()
+
+
+def keeper_for(device: torch.device, boundary: int, lists: int, *, resident: bool) -> Keeper:
+    """What keeps hidden states between layers: `lists` boundaries of so many bytes.
+
+    On the device if the weights are `resident` and all take at most a quarter of what is
+    free. Else in host memory: the few lists in use stay on the device if they take at
+    most a quarter (entering, incoming, outgoing, two on their way), or none does.
+    """
+    if device.type != "cuda":
+        return Keeper(device)
+    free, _ = torch.cuda.mem_get_info(device)
+    if resident and 4 * lists * boundary <= free:
+        return Keeper(device)
+    if 4 * IN_USE * boundary <= free:
+        return Keeper(device, ashore=True)
+    return Ferry(device)
