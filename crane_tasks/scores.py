@@ -27,7 +27,7 @@ from crane_tasks.gradients import (
 )
 from crane_tasks.gradients import SCHEMA as GRADIENTS
 from crane_tasks.models.files.checkpoint import Checkpoint
-from crane_tasks.models.files.layout import Layout, Slot, unit_name
+from crane_tasks.models.files.layout import Layout, Slot, layer_of_unit, unit_name
 from crane_tasks.models.walk.gradients import Gradients, GradientWalk
 from crane_tasks.models.walk.states import States
 from crane_tasks.models.walk.stream import LayerStream
@@ -240,7 +240,7 @@ def layer_sums(artifact: Artifact) -> dict[int | None, dict[str, GainSums]]:
         sums: dict[str, GainSums] = {}
         for _, component, row in read_table(artifact, unit, "tensors").rows(GainSums):
             sums[component] = sums.get(component, GainSums()) + row
-        found[None if unit == "outside" else int(unit.removeprefix("layer."))] = sums
+        found[layer_of_unit(unit)] = sums
     return found
 
 

@@ -14,6 +14,8 @@ from typing import Any
 
 from crane_tasks.errors import CheckpointError
 
+_OUTSIDE = "outside"  # the unit of what lies in no decoder layer
+
 
 @dataclass(frozen=True)
 class Site:
@@ -96,7 +98,12 @@ class Rule:
 
 def unit_name(layer: int | None) -> str:
     """`layer.7`, or `outside` for what lies in no decoder layer."""
-    return "outside" if layer is None else f"layer.{layer}"
+    return _OUTSIDE if layer is None else f"layer.{layer}"
+
+
+def layer_of_unit(unit: str) -> int | None:
+    """The layer that a unit is named after: the inverse of `unit_name`."""
+    return None if unit == _OUTSIDE else int(unit.removeprefix("layer."))
 
 
 # What a placeholder of a template stands for.
