@@ -20,7 +20,7 @@ from crane_tasks.errors import CheckpointError, RecipeError
 from crane_tasks.models.files.folder import TOKENIZER_FILES, side_files, weight_files
 from crane_tasks.models.files.memory import free_memory
 from crane_tasks.models.files.pair import Pair
-from crane_tasks.models.walk.pace import Step
+from crane_tasks.models.walk.pace import WalkStep
 from crane_tasks.recipe import Recipe
 from crane_tasks.spread import Spread, here
 
@@ -113,7 +113,7 @@ class Context:
         own = self.recipe.run.state_memory
         return free_memory() // 2 if own is None else own
 
-    def show_step(self, stage: str, step: Step) -> None:
+    def show_step(self, stage: str, step: WalkStep) -> None:
         """A walk's step as two bars: the walk, and the items within a layer."""
         self.progress(stage, step.done, step.total, str(step))
         if step.done < step.total:  # the last step ends both bars

@@ -69,7 +69,7 @@ def write_projector(ctx: Context, format_set: Artifact, draft: Draft) -> None:
         states=States(draft.scratch, ctx.state_memory),
         done={i for i in range(base.num_layers) if draft.done(unit_name(i))},
         visit=visit,
-        progress=lambda step: ctx.show_step(STAGE, step),
+        on_step=lambda step: ctx.show_step(STAGE, step),
     )
 
 

@@ -12,7 +12,7 @@ from crane_tasks.models.decoding.greedy import decode_greedily, load_resident
 from crane_tasks.models.files.checkpoint import Checkpoint
 from crane_tasks.models.walk.losses import Item, item_losses
 from crane_tasks.models.walk.overlay import Edit
-from crane_tasks.models.walk.pace import Step
+from crane_tasks.models.walk.pace import WalkStep
 from crane_tasks.models.walk.stream import LayerStream
 
 CPU = torch.device("cpu")
@@ -26,7 +26,7 @@ class Stopped(Exception):
     """Stands for whatever ends an edit half way."""
 
 
-def quiet(step: Step) -> None:
+def quiet(step: WalkStep) -> None:
     """Shows no progress."""
 
 

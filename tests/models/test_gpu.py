@@ -91,7 +91,7 @@ def test_the_layers_buffers_are_on_the_device_too(
 
 
 @pytest.mark.parametrize("budget", [None, 0], ids=["in memory", "on disk"])
-@pytest.mark.parametrize("in_use", [6, 2**50], ids=["moved", "ferried"])
+@pytest.mark.parametrize("in_use", [6, 2**50], ids=["offloaded", "in host memory"])
 def test_weights_and_states_that_come_and_go_give_the_bits_of_those_that_stay(
     tiny_pair: Any,
     tmp_path: Path,
@@ -155,7 +155,7 @@ def test_the_bases_of_the_device_protect_what_those_of_the_cpu_do(
             states=States(tmp_path / device),
             done=(),
             visit=visit,
-            progress=lambda step: None,
+            on_step=lambda step: None,
         )
         return found
 

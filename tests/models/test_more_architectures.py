@@ -28,7 +28,7 @@ from crane_tasks.models.files.pair import Pair
 from crane_tasks.models.walk.activations import Sums
 from crane_tasks.models.walk.batches import ONE_BY_ONE
 from crane_tasks.models.walk.losses import item_losses
-from crane_tasks.models.walk.pace import Step
+from crane_tasks.models.walk.pace import WalkStep
 from crane_tasks.models.walk.skeleton import check_parameters, skeleton
 from crane_tasks.models.walk.stream import LayerStream
 
@@ -68,7 +68,7 @@ def glm(pairs: Pairs, tmp_path: Path) -> TinyPair:
     return pairs("glm4_moe").copy(tmp_path / "pair")
 
 
-def quiet(step: Step) -> None:
+def quiet(step: WalkStep) -> None:
     """Shows no progress."""
 
 

@@ -177,10 +177,10 @@ class Layout:
 
     def classify_slot(self, slot_name: str) -> Slot:
         """The slot of a name that already has `*` for the expert."""
-        found = self.classify(slot_name.replace("*", "0"))
-        if found is None:
+        classified = self.classify(slot_name.replace("*", "0"))
+        if classified is None:
             raise CheckpointError(f"layout {self.model_type} names no slot {slot_name}")
-        return found[0]
+        return classified[0]
 
 
 def _first(config: Mapping[str, Any], keys: Iterable[str]) -> int:

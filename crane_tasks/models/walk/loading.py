@@ -70,19 +70,19 @@ class Loader:
         block = self._room(
             sum(aligned(_count(s) * dtype.itemsize, ALIGN) for s in sources.values())
         )
-        found, at, place = {}, 0, 0
+        tensors, at, place = {}, 0, 0
         for name, source in sources.items():
             raw = self._buffer[at : at + source.nbytes].view(source.dtype).view(source.shape)
             size = _count(source) * dtype.itemsize
-            found[name] = block[place : place + size].view(dtype).view(source.shape)
+            tensors[name] = block[place : place + size].view(dtype).view(source.shape)
             if raw.dtype != dtype:
                 raw = raw.to(self._device, non_blocking=True)  # it converts faster than the host
-            found[name].copy_(raw, non_blocking=True)
+            tensors[name].copy_(raw, non_blocking=True)
             at, place = at + aligned(source.nbytes, ALIGN), place + aligned(size, ALIGN)
         if self._device.type == "cuda":
             self._copied = recorded()
         self._asked = None
-        return found
+        return tensors
 
     def _room(self, nbytes: int) -> Tensor:
         if not self._reuse:

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from crane_tasks.models.walk.batches import batched, unpadded
-from crane_tasks.models.walk.pace import Pace, Progress
+from crane_tasks.models.walk.pace import OnStep, Pace
 from crane_tasks.models.walk.passage import Passage
 from crane_tasks.models.walk.stream import LayerStream
 
@@ -36,13 +36,13 @@ class Item:
 
 @torch.no_grad()
 def item_losses(
-    stream: LayerStream, items: list[Item], progress: Progress
+    stream: LayerStream, items: list[Item], on_step: OnStep
 ) -> tuple[list[float], list[Tensor]]:
     """Each item's mean token NLL, and its state [T, d] after the last layer; forward only."""
     batches = batched([item.ids for item in items], stream.batch_tokens)
     passage = Passage(stream, batches, 2)
     count = stream.num_layers
-    pace = Pace(progress, layers=count, tokens=passage.tokens, passes=count)
+    pace = Pace(on_step, layers=count, tokens=passage.tokens, passes=count)
     stream.expect(range(count))
     for layer in range(count):
         with stream.layer(layer) as module:
