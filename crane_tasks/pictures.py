@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from artifacts.store import Artifact
 from crane_tasks.choice import Choice, Metrics, Point, Requirement
 from crane_tasks.models.files.layout import layer_of_unit
-from crane_tasks.numerics.merge import EditSums
+from crane_tasks.numerics.edit import EditSums
 from crane_tasks.numerics.projector import STEEPNESS
 from crane_tasks.scores import Scores
 

@@ -31,7 +31,7 @@ from crane_tasks.models.files.layout import Layout, Slot, layer_of_unit, unit_na
 from crane_tasks.models.walk.gradients import Gradients, GradientWalk
 from crane_tasks.models.walk.states import States
 from crane_tasks.models.walk.stream import LayerStream
-from crane_tasks.numerics.gate import GainSums, NoGain, normalised, pooled, stacked_gain_sums
+from crane_tasks.numerics.scores import GainSums, NoGain, normalised, pooled, stacked_gain_sums
 from crane_tasks.tables import read_table, write_table
 from crane_tasks.threshold import gated
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from plain_sums import gain_sums
 from torch import Tensor
 
 from crane_tasks.models.decoding.greedy import decode_greedily, load_resident
@@ -15,9 +16,8 @@ from crane_tasks.models.walk.gradients import Gradients, GradientWalk
 from crane_tasks.models.walk.losses import Item, item_losses
 from crane_tasks.models.walk.states import States
 from crane_tasks.models.walk.stream import LayerStream
-from crane_tasks.numerics.gate import gain_sums
-from crane_tasks.numerics.merge import round_stochastic
 from crane_tasks.numerics.projector import basis_from_gram, gram, project, protection
+from crane_tasks.numerics.rounding import round_stochastic
 from crane_tasks.numerics.threshold import median_magnitude
 
 pytestmark = [

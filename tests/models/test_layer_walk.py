@@ -6,13 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, TinyPair, tiny_config, write_checkpoint
+from conftest import ARCHITECTURES, ONE_BY_ONE, TinyPair, tiny_config, write_checkpoint
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from crane_tasks.errors import CheckpointError
 from crane_tasks.models.files.checkpoint import Checkpoint
-from crane_tasks.models.walk.batches import ONE_BY_ONE
 from crane_tasks.models.walk.gradients import Gradients, GradientWalk
 from crane_tasks.models.walk.losses import LOGIT_BYTES, Item, item_losses
 from crane_tasks.models.walk.pace import WalkStep

@@ -7,7 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, MORE, TinyPair, load_tensors, save_tensors, tiny_config
+from conftest import (
+    ARCHITECTURES,
+    MORE,
+    ONE_BY_ONE,
+    TinyPair,
+    load_tensors,
+    save_tensors,
+    tiny_config,
+)
 from test_layer_walk import (
     CPU,
     assert_same_gradients,
@@ -26,7 +34,6 @@ from crane_tasks.models.files.checkpoint import Checkpoint
 from crane_tasks.models.files.layout import known_architectures, layout_of
 from crane_tasks.models.files.pair import Pair
 from crane_tasks.models.walk.activations import Sums
-from crane_tasks.models.walk.batches import ONE_BY_ONE
 from crane_tasks.models.walk.losses import item_losses
 from crane_tasks.models.walk.pace import WalkStep
 from crane_tasks.models.walk.skeleton import check_parameters, skeleton

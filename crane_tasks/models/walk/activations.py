@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from crane_tasks.models.files.layout import Site
-from crane_tasks.models.walk.batches import batched, plan_mark
+from crane_tasks.models.walk.batches import Batch, batched, plan_mark
 from crane_tasks.models.walk.pace import OnStep, Pace
 from crane_tasks.models.walk.passage import Passage
 from crane_tasks.models.walk.states import States
@@ -113,10 +113,7 @@ def walk_activations(
     passage = Passage(stream, batches, 3)
     states = states.within(plan_mark(batches))
     states.offload = passage.keeper.offload
-    masks = [
-        batch.rows([items[i][1] for i in batch.items], fill=False).flatten().to(stream.device)
-        for batch in batches
-    ]
+    masks = [_mask(batch, items).to(stream.device) for batch in batches]
     reached = max((i + 1 for i in done if states.has(f"behind.{i}")), default=0)
     if reached:
         passage.hidden = states.load(f"behind.{reached - 1}")
@@ -136,3 +133,8 @@ def walk_activations(
             pace.layer()
     finally:
         states.flush()
+
+
+def _mask(batch: Batch, items: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Which rows of a batch are taken, bool [B * T]; none of the padding."""
+    return batch.rows([items[i][1] for i in batch.items], fill=False).flatten()

@@ -13,7 +13,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-ONE_BY_ONE = 1  # a limit that puts every item into a batch of its own
 # A batch's shortest item is at least this share of its longest, so padding is bounded.
 LIKE = 0.75
 
