@@ -22,7 +22,7 @@ def size_of(folder: Path) -> int:
 
 def listing(store: Store) -> list[dict[str, Any]]:
     """One record per finished artifact, by stage and age."""
-    found = []
+    records = []
     for path in store.artifacts():
         record = {"stage": path.parent.name, "key": path.name, "bytes": size_of(path)}
         try:
@@ -31,8 +31,8 @@ def listing(store: Store) -> list[dict[str, Any]]:
         except (DamagedArtifact, KeyError):
             record |= {"created": None, "version": None}
         record["used"] = (path / MANIFEST).stat().st_mtime
-        found.append(record)
-    return sorted(found, key=lambda r: (r["stage"], r["created"] or ""))
+        records.append(record)
+    return sorted(records, key=lambda r: (r["stage"], r["created"] or ""))
 
 
 def described(store: Store, key: str) -> dict[str, Any]:
@@ -140,10 +140,10 @@ def nearest(store: Store, stage: str, identity: dict[str, Any]) -> dict[str, Any
 
 def differences(have: dict[str, Any], want: dict[str, Any]) -> list[str]:
     """The fields of config and inputs, and the version, in which two identities differ."""
-    found = ["version"] if have["version"] != want["version"] else []
+    fields = ["version"] if have["version"] != want["version"] else []
     for section in ("config", "inputs"):
-        ours, theirs = have[section], want[section]
-        found += [
-            key for key in sorted(ours.keys() | theirs.keys()) if ours.get(key) != theirs.get(key)
+        left, right = have[section], want[section]
+        fields += [
+            key for key in sorted(left.keys() | right.keys()) if left.get(key) != right.get(key)
         ]
-    return found
+    return fields

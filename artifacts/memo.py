@@ -39,9 +39,9 @@ class DigestMemo:
 
     def digest(self, file: Path) -> str:
         """The digest of a file's content; reads it only if it is new or changed."""
-        found = self.known(file)
-        if found is not None:
-            return found
+        known = self.known(file)
+        if known is not None:
+            return known
         while True:
             stat = file.stat()
             hasher = blake3(max_threads=blake3.AUTO)

@@ -22,11 +22,11 @@ class Schema:
         self, unit: str, arrays: Iterable[tuple[str, str]], meta: Mapping[str, Any]
     ) -> list[str]:
         """What is wrong with a unit's (array name, dtype) pairs and metadata."""
-        found = [f"{unit}: no '{key}' in its metadata" for key in self.meta if key not in meta]
+        wrong = [f"{unit}: no '{key}' in its metadata" for key in self.meta if key not in meta]
         for name, dtype in arrays:
             rule = next((d for p, d in self.arrays.items() if re.fullmatch(p, name)), None)
             if rule is None:
-                found.append(f"{unit}: unexpected array {name}")
+                wrong.append(f"{unit}: unexpected array {name}")
             elif dtype not in rule:
-                found.append(f"{unit}: {name} is {dtype}, not {' or '.join(rule)}")
-        return found
+                wrong.append(f"{unit}: {name} is {dtype}, not {' or '.join(rule)}")
+        return wrong

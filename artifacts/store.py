@@ -72,11 +72,11 @@ class Store:
             self.root.mkdir(parents=True, exist_ok=True)
             if not marker.exists():
                 write_atomically(marker, json.dumps({"format": FORMAT}) + "\n")
-            found = json.loads(marker.read_text())
+            written = json.loads(marker.read_text())
         except (OSError, ValueError) as error:
             raise UnusableStore(f"{self.root}: cannot be used as a store: {error}") from error
-        if found.get("format") != FORMAT:
-            raise UnusableStore(f"{self.root}: store format {found.get('format')}, not {FORMAT}")
+        if written.get("format") != FORMAT:
+            raise UnusableStore(f"{self.root}: store format {written.get('format')}, not {FORMAT}")
 
     def path(self, ref: Ref) -> Path:
         return self.root / ref.stage / ref.key

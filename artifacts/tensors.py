@@ -142,11 +142,11 @@ def check_chunks(folder: Path, record: ChunkRecord) -> None:
     for relative, (size, crc) in record.items():
         file = folder / relative
         try:
-            found = file.stat().st_size
+            nbytes = file.stat().st_size
         except FileNotFoundError:
             raise DamagedArtifact(file, "the chunk is missing") from None
-        if found != size:
-            raise DamagedArtifact(file, f"{found} bytes where {size} were written")
+        if nbytes != size:
+            raise DamagedArtifact(file, f"{nbytes} bytes where {size} were written")
         if _trailing_crc(file) != crc:
             raise DamagedArtifact(file, "holds another chunk than the one written")
 
@@ -208,8 +208,8 @@ class Chunk:
             raise DamagedArtifact(self.file, "the chunk is missing") from None
         # It takes no memoryview, but an array over one.
         content: Any = np.frombuffer(out, dtype=np.uint8)
-        found = int(google_crc32c.value(content)).to_bytes(CRC_BYTES, "little").hex()
-        if not found == tail.hex() == self.crc:
+        computed = int(google_crc32c.value(content)).to_bytes(CRC_BYTES, "little").hex()
+        if not computed == tail.hex() == self.crc:
             raise DamagedArtifact(self.file, "its content does not fit its checksum")
 
 
@@ -225,7 +225,7 @@ def row_chunks(
     if array.size == 0:
         return []
     rows, step = (shape[0], chunks[0]) if shape else (1, 1)
-    found = []
+    placed = []
     for number, first in enumerate(range(0, rows, step)):
         places = [*lead, number, *[0] * (len(shape) - 1)] if shape else list(lead)
         name = "/".join(["c", *map(str, places)])
@@ -236,5 +236,5 @@ def row_chunks(
         nbytes = step * width
         if size != nbytes + CRC_BYTES:
             raise DamagedArtifact(folder / name, f"recorded with {size} bytes")
-        found.append(Chunk(folder / name, first, last, nbytes, crc))
-    return found
+        placed.append(Chunk(folder / name, first, last, nbytes, crc))
+    return placed

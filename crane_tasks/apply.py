@@ -28,9 +28,10 @@ from crane_tasks.context import Context
 from crane_tasks.delta import read_statistics
 from crane_tasks.edit import Editor, row_factors
 from crane_tasks.errors import RecipeError
-from crane_tasks.models.checkpoint import CARD, Checkpoint
-from crane_tasks.models.safetensors_io import ShardWriter
-from crane_tasks.numerics.merge import EditSums
+from crane_tasks.models.files.checkpoint import Checkpoint
+from crane_tasks.models.files.folder import CARD
+from crane_tasks.models.files.safetensors_io import ShardWriter
+from crane_tasks.numerics.edit import EditSums
 from crane_tasks.output import (
     PROVENANCE,
     RECIPE_COPY,

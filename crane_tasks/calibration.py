@@ -25,8 +25,8 @@ from crane_tasks.context import Context
 from crane_tasks.data import Row, Rows, load_rows
 from crane_tasks.decoding import Work, decoded_batches
 from crane_tasks.errors import DataError
-from crane_tasks.models.endpoint import check_server
-from crane_tasks.models.stream import Item
+from crane_tasks.models.decoding.server import check_server
+from crane_tasks.models.walk.losses import Item
 from crane_tasks.recipe import Endpoint, FormatSet, TargetSet
 
 STAGE = "calibration"

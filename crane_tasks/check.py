@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from crane_tasks.errors import CheckpointError
-from crane_tasks.models.checkpoint import TOKENIZER_FILES, Checkpoint, Pair, listed
-from crane_tasks.models.stream import CONFIG_ERRORS, check_parameters
+from crane_tasks.models.files.checkpoint import Checkpoint
+from crane_tasks.models.files.folder import TOKENIZER_FILES
+from crane_tasks.models.files.pair import Pair
+from crane_tasks.models.files.wording import listed
+from crane_tasks.models.walk.skeleton import CONFIG_ERRORS, check_parameters
 
 # Config fields in which an Instruct and a Thinking model may differ: they do not enter the
 # function that the weights compute.

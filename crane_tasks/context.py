@@ -17,9 +17,10 @@ from artifacts.store import Store
 from crane_tasks.check import check_pair
 from crane_tasks.data import load_rows
 from crane_tasks.errors import CheckpointError, RecipeError
-from crane_tasks.models.checkpoint import INDEX, SINGLE, TOKENIZER_FILES, Pair, side_files
-from crane_tasks.models.pace import Step
-from crane_tasks.models.stream import free_memory
+from crane_tasks.models.files.folder import TOKENIZER_FILES, side_files, weight_files
+from crane_tasks.models.files.memory import free_memory
+from crane_tasks.models.files.pair import Pair
+from crane_tasks.models.walk.pace import WalkStep
 from crane_tasks.recipe import Recipe
 from crane_tasks.spread import Spread, here
 
@@ -112,7 +113,7 @@ class Context:
         own = self.recipe.run.state_memory
         return free_memory() // 2 if own is None else own
 
-    def show_step(self, stage: str, step: Step) -> None:
+    def show_step(self, stage: str, step: WalkStep) -> None:
         """A walk's step as two bars: the walk, and the items within a layer."""
         self.progress(stage, step.done, step.total, str(step))
         if step.done < step.total:  # the last step ends both bars
@@ -272,16 +273,10 @@ def checkpoint_folder(recipe: Recipe, value: str) -> Path:
     return Path(folder)
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    index = folder / INDEX
-    if not index.exists():
-        return [folder / SINGLE]
-    return [folder / f for f in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-
-
 def checkpoint_identity(folder: Path, memo: DigestMemo) -> str:
     """A digest of the weights and the config, independent of where the folder lies."""
-    weights = sorted(memo.digest(file) for file in _weight_files(folder))
+    files, _ = weight_files(folder)
+    weights = sorted(memo.digest(file) for file in files)
     return digest_of({"weights": weights, "config": memo.digest(folder / "config.json")})
 
 

@@ -8,8 +8,8 @@ from typing import Any
 from crane_tasks.context import GENERATION, Context
 from crane_tasks.data import Rows
 from crane_tasks.errors import EndpointError
-from crane_tasks.models.decode import decode_greedily, load_resident
-from crane_tasks.models.endpoint import Answer, asked
+from crane_tasks.models.decoding.greedy import decode_greedily, load_resident
+from crane_tasks.models.decoding.server import Answer, asked
 from crane_tasks.recipe import Endpoint, TargetSet
 
 # Per batch its targets, and what else is to be noted of it.

@@ -19,9 +19,10 @@ from crane_tasks.ahead import in_order
 from crane_tasks.check import check_pair
 from crane_tasks.context import Context
 from crane_tasks.errors import CheckpointError
-from crane_tasks.models.checkpoint import Pair, listed
-from crane_tasks.models.layout import Slot, unit_name
-from crane_tasks.models.safetensors_io import byte_view
+from crane_tasks.models.files.layout import Slot, unit_name
+from crane_tasks.models.files.pair import Pair
+from crane_tasks.models.files.safetensors_io import byte_view
+from crane_tasks.models.files.wording import listed
 from crane_tasks.spread import spread_units
 
 STAGE = "delta"

@@ -19,10 +19,12 @@ from artifacts.store import Artifact
 from crane_tasks.check import special_tokens
 from crane_tasks.delta import decode
 from crane_tasks.errors import CraneError, RecipeError
-from crane_tasks.models.checkpoint import Checkpoint
-from crane_tasks.models.layout import Site, Slot
-from crane_tasks.numerics.merge import round_stochastic, seed_of, slerp, stacked_edit_sums
+from crane_tasks.models.files.checkpoint import Checkpoint
+from crane_tasks.models.files.layout import Site, Slot
+from crane_tasks.numerics.edit import stacked_edit_sums
 from crane_tasks.numerics.projector import project, protection
+from crane_tasks.numerics.rounding import round_stochastic, seed_of
+from crane_tasks.numerics.slerp import slerp
 from crane_tasks.numerics.threshold import keep_above
 from crane_tasks.projector import basis_site, read_basis
 from crane_tasks.recipe import Recipe, Rows

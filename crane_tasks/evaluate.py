@@ -31,10 +31,11 @@ from crane_tasks.check import load_tokenizer
 from crane_tasks.context import GENERATION, Context, checkpoint_identity
 from crane_tasks.data import load_rows
 from crane_tasks.errors import CheckpointError
-from crane_tasks.models.checkpoint import Checkpoint
-from crane_tasks.models.decode import decode_greedily
-from crane_tasks.models.gradients import item_losses
-from crane_tasks.models.stream import Edit, LayerStream
+from crane_tasks.models.decoding.greedy import decode_greedily
+from crane_tasks.models.files.checkpoint import Checkpoint
+from crane_tasks.models.walk.losses import item_losses
+from crane_tasks.models.walk.overlay import Edit
+from crane_tasks.models.walk.stream import LayerStream
 from crane_tasks.recipe import Endpoint, Recipe, Targets, TargetSet
 
 STAGE = "evaluate"

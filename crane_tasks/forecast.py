@@ -20,7 +20,7 @@ from crane_tasks.context import Context
 from crane_tasks.delta import read_stacked_delta
 from crane_tasks.edit import SLERP_SHARE
 from crane_tasks.gradients import SETS, read_gradient
-from crane_tasks.models.layout import Slot, unit_name
+from crane_tasks.models.files.layout import Slot, layer_of_unit, unit_name
 from crane_tasks.numerics.projector import protection
 from crane_tasks.numerics.threshold import keep_above
 from crane_tasks.projector import basis_site, read_basis
@@ -138,7 +138,7 @@ def predicted_changes(
     found = dict.fromkeys(SETS, 0.0)
     slerped = recipe.merge.router == "slerp"
     for unit in forecast.units():
-        layer = None if unit == "outside" else int(unit.removeprefix("layer."))
+        layer = layer_of_unit(unit)
         factors = scores.per_component if layer is None else scores.per_layer[layer]
         sigmas: dict[str, Tensor] = {}  # read once, whatever number of experts has one
         for name in SETS:

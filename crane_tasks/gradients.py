@@ -14,7 +14,7 @@ from artifacts.ref import Ref
 from artifacts.schema import Schema
 from artifacts.store import Artifact, Draft, Store
 from crane_tasks.context import Context
-from crane_tasks.models.layout import Slot
+from crane_tasks.models.files.layout import Slot
 
 STAGE = "gradients"
 VERSION = 1

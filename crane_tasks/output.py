@@ -12,8 +12,9 @@ from typing import Any
 
 from artifacts.store import sync_folder
 from crane_tasks.errors import OutputError
-from crane_tasks.models.checkpoint import INDEX, SINGLE, Checkpoint, side_files
-from crane_tasks.models.safetensors_io import Entry
+from crane_tasks.models.files.checkpoint import Checkpoint
+from crane_tasks.models.files.folder import INDEX, SINGLE, side_files
+from crane_tasks.models.files.safetensors_io import Entry
 
 PROVENANCE = "crane.json"
 RECIPE_COPY = "crane_recipe.yaml"

@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 
 from artifacts.store import Artifact
 from crane_tasks.choice import Choice, Metrics, Point, Requirement
-from crane_tasks.numerics.merge import EditSums
+from crane_tasks.models.files.layout import layer_of_unit
+from crane_tasks.numerics.edit import EditSums
 from crane_tasks.numerics.projector import STEEPNESS
 from crane_tasks.scores import Scores
 
@@ -72,7 +73,8 @@ def _spectra(projector: Artifact) -> dict[str, dict[int, np.ndarray]]:
     """σ / σ₁ per site and layer; for an expert site, the expert with the most rows."""
     found: dict[str, dict[int, np.ndarray]] = {}
     for unit in projector.units():
-        layer = int(unit.removeprefix("layer."))
+        layer = layer_of_unit(unit)
+        assert layer is not None, "no site is outside the layers"
         for array in projector.arrays(unit):
             site, _, kind = array.rpartition(".")
             if kind != "sigma":

@@ -6,7 +6,6 @@ were. The caller gets the windows in the order of the bytes and writes one while
 are made. What is in flight is bounded in bytes, whatever the model's and the files' size.
 """
 
-import ctypes
 import math
 import threading
 from collections.abc import Iterable, Iterator
@@ -22,8 +21,9 @@ from artifacts.tensors import Chunk
 from crane_tasks.ahead import in_order
 from crane_tasks.edit import Editor
 from crane_tasks.errors import RecipeError
-from crane_tasks.models.layout import Slot
-from crane_tasks.models.safetensors_io import Entry, Span, byte_view, read_span
+from crane_tasks.models.files.layout import Slot
+from crane_tasks.models.files.memory import aligned, keep_small_blocks
+from crane_tasks.models.files.safetensors_io import Entry, Span, byte_view, read_span
 
 # Bytes of a window. On a CPU small: many are in flight. On a GPU large enough that its
 # transfers and products run at full speed.
@@ -33,7 +33,6 @@ IN_FLIGHT = {"cpu": 128 * 2**20, "cuda": 1024 * 2**20}
 # A GPU is fed by few threads: more of them wait for each other's turn in Python.
 GPU_THREADS = 3
 ALIGN = 16  # bytes, for every delta in a window's buffer
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 _OWN = threading.local()
 
 
@@ -74,7 +73,7 @@ class Window:
 
     @property
     def code_bytes(self) -> int:
-        return sum(_padded(part.chunk.nbytes) for part in self.parts if part.chunk)
+        return sum(aligned(part.chunk.nbytes, ALIGN) for part in self.parts if part.chunk)
 
 
 @dataclass
@@ -161,7 +160,7 @@ class Pipeline:
         self._window = window or WINDOW[self._device.type]
         self._threads = threads or (GPU_THREADS if cuda else torch.get_num_threads())
         self._buffers = self._fresh_buffers()
-        _keep_small_blocks()
+        keep_small_blocks()
 
     def _fresh_buffers(self) -> "SimpleQueue[_Buffers]":
         """One for every thread, for the window that waits in order, and for the caller's."""
@@ -259,18 +258,6 @@ class Pipeline:
             )
 
 
-def _keep_small_blocks() -> None:
-    """Have the C library keep the blocks' memory for the next block.
-
-    By default glibc returns a megabyte to the system as soon as it is free, and each of the
-    passes over a block would wait for the system to clear its pages again.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's own, absent elsewhere
-    if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, 4 * 2**20)
-        mallopt(M_TRIM_THRESHOLD, 256 * 2**20)
-
-
 class _Buffers:
     """Memory for one window's weights and codes, used again and again."""
 
@@ -305,7 +292,7 @@ def _read(window: Window, weights: Tensor, codes: Tensor) -> list[tuple[int, int
         at += part.span.count
         if part.chunk:
             part.chunk.read_into(codes_into[code_at : code_at + part.chunk.nbytes])
-            code_at += _padded(part.chunk.nbytes)
+            code_at += aligned(part.chunk.nbytes, ALIGN)
     return places
 
 
@@ -320,10 +307,6 @@ def typed(data: Tensor, at: int, shape: tuple[int, ...], dtype: torch.dtype) -> 
 
 def _stacked(tensors: list[Tensor]) -> Tensor:
     return tensors[0][None] if len(tensors) == 1 else torch.stack(tensors)
-
-
-def _padded(count: int) -> int:
-    return -(-count // ALIGN) * ALIGN
 
 
 @contextmanager

@@ -29,8 +29,8 @@ from crane_tasks.evaluate import (
     measured,
     write_comparison,
 )
-from crane_tasks.models.checkpoint import Checkpoint
-from crane_tasks.models.stream import LayerStream
+from crane_tasks.models.files.checkpoint import Checkpoint
+from crane_tasks.models.walk.stream import LayerStream
 from crane_tasks.pipeline import Pipeline, parts_of
 
 # The base of the sweep that this process works on, by what it was loaded as: one at most.

@@ -12,10 +12,10 @@ from artifacts.store import Artifact, Built, Draft, Unit
 from crane_tasks.calibration import read_set
 from crane_tasks.context import Context
 from crane_tasks.errors import CraneError
-from crane_tasks.models.activations import Sum, Sums, walk_activations
-from crane_tasks.models.layout import Layout, Site, Slot, unit_name
-from crane_tasks.models.states import States
-from crane_tasks.models.stream import LayerStream
+from crane_tasks.models.files.layout import Layout, Site, Slot, unit_name
+from crane_tasks.models.walk.activations import Sum, Sums, walk_activations
+from crane_tasks.models.walk.states import States
+from crane_tasks.models.walk.stream import LayerStream
 from crane_tasks.numerics.projector import Basis, basis_from_gram, gram
 
 STAGE = "projector"
@@ -69,7 +69,7 @@ def write_projector(ctx: Context, format_set: Artifact, draft: Draft) -> None:
         states=States(draft.scratch, ctx.state_memory),
         done={i for i in range(base.num_layers) if draft.done(unit_name(i))},
         visit=visit,
-        progress=lambda step: ctx.show_step(STAGE, step),
+        on_step=lambda step: ctx.show_step(STAGE, step),
     )
 
 

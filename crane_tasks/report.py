@@ -14,7 +14,7 @@ from markdown_it import MarkdownIt
 
 from artifacts.store import Artifact
 from crane_tasks.context import Context
-from crane_tasks.numerics.merge import EditSums
+from crane_tasks.numerics.edit import EditSums
 from crane_tasks.pictures import draw_all
 from crane_tasks.scores import Scores
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from crane_tasks.errors import OutputError
-from crane_tasks.models.checkpoint import Checkpoint
-from crane_tasks.models.layout import Slot
+from crane_tasks.models.files.checkpoint import Checkpoint
+from crane_tasks.models.files.layout import Slot
 from crane_tasks.threshold import gated
 
 

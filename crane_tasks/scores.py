@@ -26,12 +26,12 @@ from crane_tasks.gradients import (
     write_gradients,
 )
 from crane_tasks.gradients import SCHEMA as GRADIENTS
-from crane_tasks.models.checkpoint import Checkpoint
-from crane_tasks.models.gradients import Gradients, GradientWalk
-from crane_tasks.models.layout import Layout, Slot, unit_name
-from crane_tasks.models.states import States
-from crane_tasks.models.stream import LayerStream
-from crane_tasks.numerics.gate import GainSums, NoGain, normalised, pooled, stacked_gain_sums
+from crane_tasks.models.files.checkpoint import Checkpoint
+from crane_tasks.models.files.layout import Layout, Slot, layer_of_unit, unit_name
+from crane_tasks.models.walk.gradients import Gradients, GradientWalk
+from crane_tasks.models.walk.states import States
+from crane_tasks.models.walk.stream import LayerStream
+from crane_tasks.numerics.scores import GainSums, NoGain, normalised, pooled, stacked_gain_sums
 from crane_tasks.tables import read_table, write_table
 from crane_tasks.threshold import gated
 
@@ -240,7 +240,7 @@ def layer_sums(artifact: Artifact) -> dict[int | None, dict[str, GainSums]]:
         sums: dict[str, GainSums] = {}
         for _, component, row in read_table(artifact, unit, "tensors").rows(GainSums):
             sums[component] = sums.get(component, GainSums()) + row
-        found[None if unit == "outside" else int(unit.removeprefix("layer."))] = sums
+        found[layer_of_unit(unit)] = sums
     return found
 
 

@@ -11,7 +11,7 @@ from artifacts.store import Artifact, Built, Draft, Unit
 from crane_tasks.ahead import in_order
 from crane_tasks.context import Context
 from crane_tasks.delta import BLOCK, IN_FLIGHT, read_delta
-from crane_tasks.models.layout import Slot, unit_name
+from crane_tasks.models.files.layout import Slot, unit_name
 from crane_tasks.numerics.threshold import keep_above, median_magnitude
 from crane_tasks.spread import spread_units
 from crane_tasks.tables import read_table, write_table

@@ -10,8 +10,8 @@ from crane_tasks.check import check_vocabulary
 from crane_tasks.context import Progress, make_context, no_progress
 from crane_tasks.errors import CheckpointError
 from crane_tasks.evaluate import build_checkpoint_comparison
-from crane_tasks.models.checkpoint import Checkpoint
-from crane_tasks.models.stream import check_parameters
+from crane_tasks.models.files.checkpoint import Checkpoint
+from crane_tasks.models.walk.skeleton import check_parameters
 from crane_tasks.recipe import Recipe
 from flows.merge import all_refs, check_data, healing
 from flows.transient import naming_full_disk

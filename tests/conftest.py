@@ -22,6 +22,7 @@ from torch import Tensor
 
 from crane_tasks.recipe import Recipe, load_recipe
 
+ONE_BY_ONE = 1  # a limit of tokens that puts every item into a batch of its own
 # All tests of the walk, the stages and the commands run on these.
 ARCHITECTURES = ("qwen3", "qwen3_moe", "qwen3_next")
 REFERENCE = Path(__file__).parents[2] / "shared" / "reference"

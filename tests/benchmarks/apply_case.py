@@ -23,9 +23,9 @@ from crane_tasks import projector, scores
 from crane_tasks.apply import Inputs, apply_ref, build_apply
 from crane_tasks.context import Context
 from crane_tasks.delta import build_delta, delta_ref
-from crane_tasks.models.layout import unit_name
-from crane_tasks.numerics.gate import GainSums
+from crane_tasks.models.files.layout import unit_name
 from crane_tasks.numerics.projector import protection
+from crane_tasks.numerics.scores import GainSums
 from crane_tasks.recipe import recipe_from
 from crane_tasks.tables import write_table
 from crane_tasks.threshold import PLAIN, build_threshold, gated, threshold_ref

@@ -14,11 +14,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from crane_tasks.models.checkpoint import Checkpoint
-from crane_tasks.models.gradients import Gradients, GradientWalk
-from crane_tasks.models.states import States
-from crane_tasks.models.stream import Item, LayerStream
-from crane_tasks.numerics.gate import stacked_gain_sums
+from crane_tasks.models.files.checkpoint import Checkpoint
+from crane_tasks.models.walk.gradients import Gradients, GradientWalk
+from crane_tasks.models.walk.losses import Item
+from crane_tasks.models.walk.states import States
+from crane_tasks.models.walk.stream import LayerStream
+from crane_tasks.numerics.scores import stacked_gain_sums
 
 CHUNK = 2  # layers that the chunked scheme unfreezes at a time
 WEIGHTS_AT_ONCE = 32 * 2**20

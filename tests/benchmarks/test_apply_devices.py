@@ -10,7 +10,7 @@ from test_scoring import qwen3_moe
 from torch import Tensor
 
 from crane_tasks.apply import make_editor
-from crane_tasks.models.safetensors_io import byte_view
+from crane_tasks.models.files.safetensors_io import byte_view
 from crane_tasks.pipeline import Pipeline, parts_of_entry
 from crane_tasks.recipe import recipe_from
 

@@ -13,7 +13,7 @@ import torch
 from conftest import TinyPair, load_tensors
 from crane_process import DEADLINE, KILL, crane, reached, script, stopped
 
-from crane_tasks.models.checkpoint import Checkpoint
+from crane_tasks.models.files.checkpoint import Checkpoint
 from crane_tasks.output import shard_plan
 
 Pairs = Callable[[str], TinyPair]

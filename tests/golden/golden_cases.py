@@ -8,12 +8,14 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
+from plain_sums import edit_sums, gain_sums
 from torch import Tensor
 
 from crane_tasks import apply, calibration, delta, projector, scores, threshold
-from crane_tasks.numerics.gate import GainSums, gain_sums, normalised, pooled
-from crane_tasks.numerics.merge import edit_sums, round_stochastic, seed_of, slerp
 from crane_tasks.numerics.projector import basis_from_gram, gram, project, protection
+from crane_tasks.numerics.rounding import round_stochastic, seed_of
+from crane_tasks.numerics.scores import GainSums, normalised, pooled
+from crane_tasks.numerics.slerp import slerp
 from crane_tasks.numerics.threshold import keep_above, median_magnitude
 
 Numbers = dict[str, Any]

@@ -7,9 +7,10 @@ import json
 import sys
 from pathlib import Path
 
-from golden_cases import CASES, differences
-
 FOLDER = Path(__file__).parent
+sys.path.insert(0, str(FOLDER.parent))  # what the tests share
+
+from golden_cases import CASES, differences  # noqa: E402
 
 
 def main() -> int:

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from crane_tasks.models.batches import LIKE, batched, unpadded
+from crane_tasks.models.walk.batches import LIKE, batched, unpadded
 
 LENGTHS = st.lists(st.integers(min_value=1, max_value=60), min_size=1, max_size=25)
 

@@ -12,8 +12,10 @@ from conftest import TinyPair, load_tensors, save_tensors
 from safetensors.torch import load_file, save_file
 
 from crane_tasks.errors import CheckpointError
-from crane_tasks.models.checkpoint import Checkpoint, listed, read_config
-from crane_tasks.models.stream import check_parameters
+from crane_tasks.models.files.checkpoint import Checkpoint
+from crane_tasks.models.files.folder import read_config
+from crane_tasks.models.files.wording import listed
+from crane_tasks.models.walk.skeleton import check_parameters
 
 EXPERTS = "model.layers.{}.mlp.experts."
 

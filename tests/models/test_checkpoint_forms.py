@@ -11,9 +11,10 @@ from conftest import TinyPair, load_tensors, save_tensors, tiny_config, write_ch
 from torch import Tensor
 
 from crane_tasks.errors import CheckpointError
-from crane_tasks.models.checkpoint import Checkpoint, Pair
-from crane_tasks.models.loading import Loader
-from crane_tasks.models.stream import check_parameters, skeleton
+from crane_tasks.models.files.checkpoint import Checkpoint
+from crane_tasks.models.files.pair import Pair
+from crane_tasks.models.walk.loading import Loader
+from crane_tasks.models.walk.skeleton import check_parameters, skeleton
 
 MOE = ["qwen3_moe", "qwen3_next"]
 EXPERTS = "model.layers.{}.mlp.experts."

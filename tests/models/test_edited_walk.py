@@ -8,11 +8,12 @@ import torch
 from conftest import ARCHITECTURES, MORE, TinyPair, load_tensors, save_tensors
 from torch import Tensor
 
-from crane_tasks.models.checkpoint import Checkpoint
-from crane_tasks.models.decode import decode_greedily, load_resident
-from crane_tasks.models.gradients import item_losses
-from crane_tasks.models.pace import Step
-from crane_tasks.models.stream import Edit, Item, LayerStream
+from crane_tasks.models.decoding.greedy import decode_greedily, load_resident
+from crane_tasks.models.files.checkpoint import Checkpoint
+from crane_tasks.models.walk.losses import Item, item_losses
+from crane_tasks.models.walk.overlay import Edit
+from crane_tasks.models.walk.pace import WalkStep
+from crane_tasks.models.walk.stream import LayerStream
 
 CPU = torch.device("cpu")
 PROMPTS = [[11, 12, 13, 14, 15, 16, 17, 18, 19], [200], [40, 41, 42], [9, 9, 300, 7, 9]]
@@ -25,7 +26,7 @@ class Stopped(Exception):
     """Stands for whatever ends an edit half way."""
 
 
-def quiet(step: Step) -> None:
+def quiet(step: WalkStep) -> None:
     """Shows no progress."""
 
 

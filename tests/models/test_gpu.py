@@ -6,17 +6,18 @@ from typing import Any
 
 import pytest
 import torch
+from plain_sums import gain_sums
 from torch import Tensor
 
-from crane_tasks.models.activations import Sums, walk_activations
-from crane_tasks.models.checkpoint import Checkpoint
-from crane_tasks.models.decode import decode_greedily, load_resident
-from crane_tasks.models.gradients import Gradients, GradientWalk, item_losses
-from crane_tasks.models.states import States
-from crane_tasks.models.stream import Item, LayerStream
-from crane_tasks.numerics.gate import gain_sums
-from crane_tasks.numerics.merge import round_stochastic
+from crane_tasks.models.decoding.greedy import decode_greedily, load_resident
+from crane_tasks.models.files.checkpoint import Checkpoint
+from crane_tasks.models.walk.activations import Sums, walk_activations
+from crane_tasks.models.walk.gradients import Gradients, GradientWalk
+from crane_tasks.models.walk.losses import Item, item_losses
+from crane_tasks.models.walk.states import States
+from crane_tasks.models.walk.stream import LayerStream
 from crane_tasks.numerics.projector import basis_from_gram, gram, project, protection
+from crane_tasks.numerics.rounding import round_stochastic
 from crane_tasks.numerics.threshold import median_magnitude
 
 pytestmark = [
@@ -90,7 +91,7 @@ def test_the_layers_buffers_are_on_the_device_too(
 
 
 @pytest.mark.parametrize("budget", [None, 0], ids=["in memory", "on disk"])
-@pytest.mark.parametrize("in_use", [6, 2**50], ids=["moved", "ferried"])
+@pytest.mark.parametrize("in_use", [6, 2**50], ids=["offloaded", "in host memory"])
 def test_weights_and_states_that_come_and_go_give_the_bits_of_those_that_stay(
     tiny_pair: Any,
     tmp_path: Path,
@@ -98,7 +99,7 @@ def test_weights_and_states_that_come_and_go_give_the_bits_of_those_that_stay(
     in_use: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("crane_tasks.models.stream.IN_USE", in_use)
+    monkeypatch.setattr("crane_tasks.models.walk.keeping.IN_USE", in_use)
     torch.use_deterministic_algorithms(True)
     stay = _gradients(tiny_pair.base, CUDA, torch.bfloat16, tmp_path / "stay", resident=True)
     go = _gradients(
@@ -154,7 +155,7 @@ def test_the_bases_of_the_device_protect_what_those_of_the_cpu_do(
             states=States(tmp_path / device),
             done=(),
             visit=visit,
-            progress=lambda step: None,
+            on_step=lambda step: None,
         )
         return found
 

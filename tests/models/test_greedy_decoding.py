@@ -7,7 +7,7 @@ import torch
 from conftest import TinyPair
 
 from crane_tasks.errors import CheckpointError
-from crane_tasks.models.decode import decode_greedily, load_resident
+from crane_tasks.models.decoding.greedy import decode_greedily, load_resident
 
 PROMPTS = [[11, 12, 13, 14, 15, 16, 17, 18, 19], [200], [40, 41, 42], [9, 9, 300, 7, 9]]
 CPU = torch.device("cpu")

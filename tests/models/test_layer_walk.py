@@ -6,17 +6,17 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, TinyPair, tiny_config, write_checkpoint
+from conftest import ARCHITECTURES, ONE_BY_ONE, TinyPair, tiny_config, write_checkpoint
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from crane_tasks.errors import CheckpointError
-from crane_tasks.models.batches import ONE_BY_ONE
-from crane_tasks.models.checkpoint import Checkpoint
-from crane_tasks.models.gradients import Gradients, GradientWalk, item_losses
-from crane_tasks.models.pace import Step
-from crane_tasks.models.states import States
-from crane_tasks.models.stream import LOGIT_BYTES, Item, LayerStream
+from crane_tasks.models.files.checkpoint import Checkpoint
+from crane_tasks.models.walk.gradients import Gradients, GradientWalk
+from crane_tasks.models.walk.losses import LOGIT_BYTES, Item, item_losses
+from crane_tasks.models.walk.pace import WalkStep
+from crane_tasks.models.walk.states import States
+from crane_tasks.models.walk.stream import LayerStream
 
 CPU = torch.device("cpu")
 Found = dict[int | None, dict[str, Gradients]]
@@ -44,7 +44,7 @@ def make_stream(folder: Path, compute: torch.dtype = torch.float32) -> LayerStre
     return LayerStream(Checkpoint.open(folder), device=CPU, compute=compute)
 
 
-def quiet(step: Step) -> None:
+def quiet(step: WalkStep) -> None:
     """Shows no progress."""
 
 
@@ -268,7 +268,7 @@ def killed_walk(
         happen()
         found[layer] = gradients
 
-    def progress(step: Step) -> None:
+    def progress(step: WalkStep) -> None:
         if step.between and step.direction == "forward":
             happen()
 
@@ -301,7 +301,7 @@ def test_a_walk_killed_on_its_way_back_takes_no_step_forward_again(
     found: Found = {}
     with pytest.raises(Killed):
         killed_walk(moe_pair.base, tmp_path, found, at_step=at_step)
-    steps: list[Step] = []
+    steps: list[WalkStep] = []
     walked = GradientWalk(make_stream(moe_pair.base), make_items(), States(tmp_path))
     walked.run(found.__setitem__, set(found), steps.append)
     assert {step.direction for step in steps} == {"backward"}

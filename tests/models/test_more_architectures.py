@@ -7,7 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, MORE, TinyPair, load_tensors, save_tensors, tiny_config
+from conftest import (
+    ARCHITECTURES,
+    MORE,
+    ONE_BY_ONE,
+    TinyPair,
+    load_tensors,
+    save_tensors,
+    tiny_config,
+)
 from test_layer_walk import (
     CPU,
     assert_same_gradients,
@@ -22,13 +30,14 @@ from test_site_activations import hooked_rows
 from test_site_activations import walk as walk_sites
 
 from crane_tasks.errors import CheckpointError
-from crane_tasks.models.activations import Sums
-from crane_tasks.models.batches import ONE_BY_ONE
-from crane_tasks.models.checkpoint import Checkpoint, Pair
-from crane_tasks.models.gradients import item_losses
-from crane_tasks.models.layout import known_architectures, layout_of
-from crane_tasks.models.pace import Step
-from crane_tasks.models.stream import LayerStream, check_parameters, skeleton
+from crane_tasks.models.files.checkpoint import Checkpoint
+from crane_tasks.models.files.layout import known_architectures, layout_of
+from crane_tasks.models.files.pair import Pair
+from crane_tasks.models.walk.activations import Sums
+from crane_tasks.models.walk.losses import item_losses
+from crane_tasks.models.walk.pace import WalkStep
+from crane_tasks.models.walk.skeleton import check_parameters, skeleton
+from crane_tasks.models.walk.stream import LayerStream
 
 Pairs = Callable[[str], TinyPair]
 BIAS = "model.layers.1.mlp.gate.e_score_correction_bias"
@@ -66,7 +75,7 @@ def glm(pairs: Pairs, tmp_path: Path) -> TinyPair:
     return pairs("glm4_moe").copy(tmp_path / "pair")
 
 
-def quiet(step: Step) -> None:
+def quiet(step: WalkStep) -> None:
     """Shows no progress."""
 
 

@@ -9,9 +9,9 @@ from conftest import TinyPair, load_tensors
 from torch import nn
 
 from crane_tasks.errors import CheckpointError
-from crane_tasks.models import loading
-from crane_tasks.models.checkpoint import Checkpoint
-from crane_tasks.models.stream import LayerStream
+from crane_tasks.models.files.checkpoint import Checkpoint
+from crane_tasks.models.walk import loading
+from crane_tasks.models.walk.stream import LayerStream
 
 CPU = torch.device("cpu")
 

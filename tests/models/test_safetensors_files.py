@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from crane_tasks.errors import CheckpointError
-from crane_tasks.models.safetensors_io import (
+from crane_tasks.models.files.safetensors_io import (
     DTYPES,
     ShardWriter,
     Span,

@@ -10,12 +10,12 @@ from conftest import TinyPair, load_tensors
 from torch import Tensor
 from torch.nn.functional import linear, silu
 
-from crane_tasks.models.activations import Sums, walk_activations
-from crane_tasks.models.checkpoint import Checkpoint
-from crane_tasks.models.layout import Site
-from crane_tasks.models.pace import Step
-from crane_tasks.models.states import States
-from crane_tasks.models.stream import LayerStream
+from crane_tasks.models.files.checkpoint import Checkpoint
+from crane_tasks.models.files.layout import Site
+from crane_tasks.models.walk.activations import Sums, walk_activations
+from crane_tasks.models.walk.pace import WalkStep
+from crane_tasks.models.walk.states import States
+from crane_tasks.models.walk.stream import LayerStream
 from crane_tasks.numerics.projector import gram
 
 Rows = dict[tuple[int, str, int], list[Tensor]]  # (layer, site, expert) -> rows
@@ -58,7 +58,7 @@ def all_sites(pair: TinyPair) -> tuple[Site, ...]:
     return Checkpoint.open(pair.base).layout.sites
 
 
-def quiet(step: Step) -> None:
+def quiet(step: WalkStep) -> None:
     """Shows no progress."""
 
 
@@ -90,7 +90,7 @@ def walk(
         states=States(scratch),
         done=set(found),
         visit=visit,
-        progress=quiet,
+        on_step=quiet,
     )
 
 

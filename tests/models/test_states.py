@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from crane_tasks.models.states import States
+from crane_tasks.models.walk.states import States
 
 
 def random_list(seed: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:

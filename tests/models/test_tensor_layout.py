@@ -9,9 +9,9 @@ import torch
 from conftest import TinyPair, load_tensors, save_tensors
 
 from crane_tasks.errors import CheckpointError
-from crane_tasks.models.checkpoint import Checkpoint
-from crane_tasks.models.layout import known_architectures, layout_of, unit_name
-from crane_tasks.models.safetensors_io import header_bytes
+from crane_tasks.models.files.checkpoint import Checkpoint
+from crane_tasks.models.files.layout import known_architectures, layer_of_unit, layout_of, unit_name
+from crane_tasks.models.files.safetensors_io import header_bytes
 
 # What DESIGN 1 says of a tensor, by the name within its layer, `*` for the expert:
 # component, its own site, and whether that site is published.
@@ -137,6 +137,7 @@ def test_a_slot_stands_for_all_experts_and_names_each() -> None:
     assert (slot.unit, slot.array_name) == ("layer.12", "mlp.experts.up_proj.weight")
     assert layout.classify_slot(slot.name) == slot
     assert unit_name(None) == "outside"
+    assert [layer_of_unit(unit_name(layer)) for layer in (None, 0, 12)] == [None, 0, 12]
 
 
 def test_biases_of_the_attention_are_known() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import tiny_config, write_checkpoint
 
-from crane_tasks.models.checkpoint import Checkpoint
+from crane_tasks.models.files.checkpoint import Checkpoint
 
 SHALLOW, DEEP = 4, 20
 TOKENS = 2 * 4 * 32
@@ -18,10 +18,11 @@ WALK = """
 import json, resource, sys
 from pathlib import Path
 import torch
-from crane_tasks.models.checkpoint import Checkpoint
-from crane_tasks.models.gradients import GradientWalk
-from crane_tasks.models.states import States
-from crane_tasks.models.stream import Item, LayerStream
+from crane_tasks.models.files.checkpoint import Checkpoint
+from crane_tasks.models.walk.gradients import GradientWalk
+from crane_tasks.models.walk.states import States
+from crane_tasks.models.walk.losses import Item
+from crane_tasks.models.walk.stream import LayerStream
 
 folder, budget, scratch = sys.argv[1:]
 stream = LayerStream(

@@ -7,16 +7,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from plain_sums import gain_sums
 from torch import Tensor
 
-from crane_tasks.numerics.gate import (
-    GainSums,
-    NoGain,
-    gain_sums,
-    normalised,
-    pooled,
-    raw_score,
-)
+from crane_tasks.numerics.scores import GainSums, NoGain, normalised, pooled, raw_score
 
 steady = settings(
     deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]

@@ -7,17 +7,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from plain_sums import edit_sums
 from torch import Tensor
 
-from crane_tasks.numerics.merge import (
-    SLERP_PARALLEL,
-    EditSums,
-    edit_sums,
-    round_stochastic,
-    seed_of,
-    slerp,
-    stacked_edit_sums,
-)
+from crane_tasks.numerics.edit import EditSums, stacked_edit_sums
+from crane_tasks.numerics.rounding import round_stochastic, seed_of
+from crane_tasks.numerics.slerp import SLERP_PARALLEL, slerp
 
 steady = settings(
     deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]

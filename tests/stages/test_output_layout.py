@@ -13,7 +13,7 @@ from conftest import ARCHITECTURES, TinyPair, load_tensors, save_tensors
 from safetensors import safe_open
 from tiny_merge import bits, merged, staged
 
-from crane_tasks.models.safetensors_io import read_header
+from crane_tasks.models.files.safetensors_io import read_header
 
 Pairs = Callable[[str], TinyPair]
 

@@ -17,10 +17,10 @@ from artifacts.store import Store
 from crane_tasks.calibration import render
 from crane_tasks.check import load_tokenizer
 from crane_tasks.data import load_rows
-from crane_tasks.models.checkpoint import Checkpoint
-from crane_tasks.models.gradients import item_losses
-from crane_tasks.models.layout import Slot
-from crane_tasks.models.stream import Item, LayerStream
+from crane_tasks.models.files.checkpoint import Checkpoint
+from crane_tasks.models.files.layout import Slot
+from crane_tasks.models.walk.losses import Item, item_losses
+from crane_tasks.models.walk.stream import LayerStream
 from crane_tasks.numerics.projector import project, protection
 from crane_tasks.numerics.threshold import keep_above, median_magnitude
 from crane_tasks.recipe import load_recipe

@@ -12,7 +12,7 @@ from tiny_merge import fused, merged, per_expert, same_bits, staged, statuses, w
 from artifacts.store import Store
 from artifacts.tensors import chunk_files
 from crane_tasks.errors import OutputError
-from crane_tasks.models.checkpoint import Checkpoint
+from crane_tasks.models.files.checkpoint import Checkpoint
 from crane_tasks.output import shard_plan
 from flows.merge import STAGES
 

@@ -14,8 +14,8 @@ from crane_tasks import point
 from crane_tasks.apply import make_editor
 from crane_tasks.context import make_context
 from crane_tasks.evaluate import read_comparison
-from crane_tasks.models.checkpoint import Checkpoint
-from crane_tasks.models.stream import LayerStream
+from crane_tasks.models.files.checkpoint import Checkpoint
+from crane_tasks.models.walk.stream import LayerStream
 from crane_tasks.pipeline import Pipeline
 from crane_tasks.point import build_point, merged_rows
 from flows.merge import all_refs, build_inputs, call_here
@@ -120,7 +120,7 @@ def test_a_base_that_is_streamed_measures_the_same(
     """Where the weights do not fit, the edit is laid over each layer as it comes."""
     pair = pairs(architecture)
     resident = swept(pair, tmp_path, *ANSWERS)
-    monkeypatch.setattr("crane_tasks.models.stream.free_memory", lambda: 2**12)
+    monkeypatch.setattr("crane_tasks.models.walk.weights.free_memory", lambda: 2**12)
     base = Checkpoint.open(pair.base)
     assert not LayerStream(base, device=torch.device("cpu"), compute=torch.float32).resident
     streamed = swept(pair, tmp_path / "other", *ANSWERS, "run.state_memory=1GB")

@@ -31,7 +31,7 @@ from crane_tasks.calibration import (
 from crane_tasks.context import Context, make_context
 from crane_tasks.errors import EndpointError, RecipeError
 from crane_tasks.evaluate import evaluation_sets
-from crane_tasks.models.endpoint import RETRIES, asked, check_server
+from crane_tasks.models.decoding.server import RETRIES, asked, check_server
 from crane_tasks.recipe import Endpoint
 from flows.evaluate import evaluate
 

@@ -18,14 +18,14 @@ import torch
 from blake3 import blake3
 from torch import Tensor
 
-from crane_tasks.models.loading import recorded
-from crane_tasks.models.safetensors_io import DTYPES, ShardWriter, read_header, read_rows
+from crane_tasks.models.files.safetensors_io import DTYPES, ShardWriter, read_header, read_rows
+from crane_tasks.models.walk.loading import recorded
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 SUFFIX = ".safetensors"
 DIGITS = 64  # of a blake3 digest
-# Lists that may wait on the device to be moved.
-AFLOAT = 2
+# Lists that may wait on the device to be offloaded.
+ON_DEVICE = 2
 # Tasks for the disk that may wait without their list being held in memory anyway.
 BEHIND = 2
 
@@ -52,11 +52,11 @@ class States:
         # What was dropped, and after which save: its file goes once that save is on disk, so
         # that a kill at any time finds lists that belong together.
         self._stale: list[tuple[str, int]] = []
-        self._lock = threading.Lock()  # of the memory, which the mover writes too
+        self._lock = threading.Lock()  # of the memory, which the offloading thread writes too
         # Whether lists on a device are moved to host memory behind the computation.
-        self.ashore = False
-        self._mover = ThreadPoolExecutor(1, thread_name_prefix="states-ashore")
-        self._moving: deque[Future[list[Tensor]]] = deque()
+        self.offload = False
+        self._offloader = ThreadPoolExecutor(1, thread_name_prefix="states-offload")
+        self._offloading: deque[Future[list[Tensor]]] = deque()
         self._staging = torch.empty(0, dtype=torch.uint8)  # page-locked
 
     def within(self, name: str) -> "States":
@@ -94,11 +94,11 @@ class States:
         self._saves += 1
         self._wanted[name] = number = self._saves
         event = recorded() if any(t.is_cuda for t in states) else None
-        if event is not None and self.ashore:
-            moved = self._mover.submit(self._move, name, number, states, event)
-            self._moving.append(moved)
-            while len(self._moving) > AFLOAT:
-                self._moving.popleft().result()
+        if event is not None and self.offload:
+            moved = self._offloader.submit(self._offloaded, name, number, states, event)
+            self._offloading.append(moved)
+            while len(self._offloading) > ON_DEVICE:
+                self._offloading.popleft().result()
             # The disk may be slow: what waits for it must not be on the device.
             self._later(name, lambda: self._write(name, number, moved.result()))
         else:
@@ -109,7 +109,7 @@ class States:
         while sum(waiting not in self._memory for waiting, _ in self._tasks) > BEHIND:
             self._tasks.popleft()[1].result()
 
-    def _move(self, name: str, number: int, states: list[Tensor], event: Any) -> list[Tensor]:
+    def _offloaded(self, name: str, number: int, states: list[Tensor], event: Any) -> list[Tensor]:
         moved = self._fetched(name, number, states, event)
         with self._lock:
             if self._wanted.get(name) == number and name in self._memory:
@@ -123,9 +123,9 @@ class States:
         aside: Any = torch.cuda.Stream  # its types are missing
         with torch.cuda.stream(aside()):
             torch.cuda.current_stream().wait_event(event)
-            return [self._ashore(state) for state in states]
+            return [self._to_host(state) for state in states]
 
-    def _ashore(self, state: Tensor) -> Tensor:
+    def _to_host(self, state: Tensor) -> Tensor:
         if self._staging.numel() < state.nbytes:
             self._staging = torch.empty(state.nbytes, dtype=torch.uint8, pin_memory=True)
         through = self._staging[: state.nbytes].view(state.dtype).view(state.shape)
@@ -184,9 +184,9 @@ class States:
         file = self._file(name)
         if file is None:
             raise KeyError(name)
-        found = {e.name: e for e in read_header(file)[0]}
-        entries = [found[str(i)] for i in range(len(found))]
-        return [read_rows(e, 0, e.shape[0] if e.shape else 1, e.shape) for e in entries]
+        entries = {e.name: e for e in read_header(file)[0]}
+        ordered = [entries[str(i)] for i in range(len(entries))]
+        return [read_rows(e, 0, e.shape[0] if e.shape else 1, e.shape) for e in ordered]
 
     def drop(self, name: str) -> None:
         """Forget a list; its file goes when what was saved before is on disk."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
-class Step:
+class WalkStep:
     """Where a walk is.
 
     Attributes:
@@ -32,15 +32,15 @@ class Step:
         return f"{self.direction} {self.layer + 1}/{self.layers}, {self.rate:,.0f} tokens/s"
 
 
-Progress = Callable[[Step], None]
+OnStep = Callable[[WalkStep], None]
 
 
 class Pace:
-    """Counts token passes and reports a `Step` after every batch and every layer."""
+    """Counts token passes and reports a `WalkStep` after every batch and every layer."""
 
     def __init__(
         self,
-        progress: Progress,
+        on_step: OnStep,
         *,
         layers: int,
         tokens: Sequence[int],
@@ -48,21 +48,21 @@ class Pace:
         skipped: int = 0,
     ) -> None:
         """`passes` of all tokens make the walk; `skipped` were made by an earlier one."""
-        self._progress = progress
+        self._on_step = on_step
         self._layers = layers
         self._tokens = tokens
         self._total = passes * sum(tokens)
         self._done = self._before = skipped * sum(tokens)
         self._passes = passes
         self._start = time.monotonic()
-        self._last: Step | None = None
+        self._last: WalkStep | None = None
 
     def batch(self, direction: str, layer: int, index: int, weight: int) -> None:
         """A batch is through a layer; its pass counts as `weight` forward ones."""
         self._done += weight * self._tokens[index]
         seconds = max(time.monotonic() - self._start, 1e-9)
         rate = (self._done - self._before) / self._passes / seconds
-        self._last = Step(
+        self._last = WalkStep(
             direction,
             layer,
             self._layers,
@@ -73,9 +73,9 @@ class Pace:
             rate,
             between=False,
         )
-        self._progress(self._last)
+        self._on_step(self._last)
 
     def layer(self) -> None:
         """All batches are through a layer, and what it gave is kept."""
         if self._last is not None:
-            self._progress(replace(self._last, between=True))
+            self._on_step(replace(self._last, between=True))

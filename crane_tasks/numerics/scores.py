@@ -59,11 +59,11 @@ def stacked_gain_sums(
     count, device = base.shape[0], base.device
     flat = [x.reshape(count, -1) for x in (base, delta, grad_r, grad_a)]
     numel = flat[0].shape[1]
-    found = torch.zeros(count, 7, dtype=torch.float64, device=device)
+    sums = torch.zeros(count, 7, dtype=torch.float64, device=device)
     width = max(1, BLOCK[device.type] // count)
     for first in range(0, numel, width):
-        found += _block_sums(*(x[:, first : first + width] for x in flat))
-    return torch.cat([found, torch.full_like(found[:, :1], numel)], dim=1)
+        sums += _block_sums(*(x[:, first : first + width] for x in flat))
+    return torch.cat([sums, torch.full_like(sums[:, :1], numel)], dim=1)
 
 
 def _block_sums(base: Tensor, delta: Tensor, grad_r: Tensor, grad_a: Tensor) -> Tensor:
@@ -82,17 +82,6 @@ def _block_sums(base: Tensor, delta: Tensor, grad_r: Tensor, grad_a: Tensor) -> 
         step.square().sum(1),
     ]
     return torch.stack(columns, dim=1).double()
-
-
-def gain_sums(
-    base: Float[Tensor, "*shape"],
-    delta: Float[Tensor, "*shape"],
-    grad_r: Float[Tensor, "*shape"],
-    grad_a: Float[Tensor, "*shape"],
-) -> GainSums:
-    """The sums of one tensor."""
-    rows = stacked_gain_sums(base[None], delta[None], grad_r[None], grad_a[None])
-    return GainSums(*rows[0].tolist())
 
 
 def raw_score(sums: GainSums) -> float:

@@ -1,13 +1,12 @@
-"""A checkpoint folder seen in one canonical form, and two of them paired by tensor name.
+"""A checkpoint folder seen in one canonical form.
 
 Canonical is the published form: one tensor per expert and projection. A checkpoint that
 stores its experts fused shows the same slots; only the bytes lie elsewhere.
 """
 
-import json
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,9 @@ import torch
 from torch import Tensor
 
 from crane_tasks.errors import CheckpointError
-from crane_tasks.models.layout import Layout, Slot, layout_of
-from crane_tasks.models.safetensors_io import (
+from crane_tasks.models.files.folder import check_index, read_config, weight_files
+from crane_tasks.models.files.layout import Layout, Slot, layout_of
+from crane_tasks.models.files.safetensors_io import (
     DTYPES,
     MERGEABLE,
     Entry,
@@ -27,30 +27,7 @@ from crane_tasks.models.safetensors_io import (
     read_rows,
     read_span,
 )
-
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-)
-CARD = "README.md"
-OWN_FILES = ("crane.json", "crane_recipe.yaml")  # of an earlier merge: the new one has its own
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
-HOW_MANY = 8  # problems of one kind listed in a message before it says "and n more"
-
-
-def listed(names: Iterable[str]) -> str:
-    """The first few names, and how many more."""
-    names = list(names)
-    more = f" and {len(names) - HOW_MANY} more" if len(names) > HOW_MANY else ""
-    return ", ".join(names[:HOW_MANY]) + more
+from crane_tasks.models.files.wording import listed
 
 
 @dataclass(frozen=True)
@@ -127,18 +104,18 @@ class Checkpoint:
         """
         config = read_config(folder)
         layout = layout_of(str(config.get("model_type", "")))
-        files, weight_map = _weight_files(folder)
+        files, weight_map = weight_files(folder)
         entries: dict[str, Entry] = {}
         metadata: dict[Path, dict[str, str]] = {}
         doubled: list[str] = []
         for file in files:
-            found, metadata[file] = read_header(file)
-            doubled += [e.name for e in found if e.name in entries]
-            entries |= {e.name: e for e in found}
+            stored, metadata[file] = read_header(file)
+            doubled += [e.name for e in stored if e.name in entries]
+            entries |= {e.name: e for e in stored}
         if doubled:
             raise CheckpointError(f"{folder}: stored in more than one file: {listed(doubled)}")
         if weight_map is not None:
-            _check_index(folder, weight_map, entries)
+            check_index(folder, weight_map, entries)
         checkpoint = cls(folder, config, layout, files, entries, metadata)
         checkpoint._classify()
         return checkpoint
@@ -177,9 +154,10 @@ class Checkpoint:
         """The (slot, expert) of a stored tensor's bytes, in the order of those bytes."""
         templates = self.layout.fused_match(entry.name)
         if templates is None:
-            found = self.layout.classify(entry.name)
-            assert found is not None, "the checkpoint was classified when it was opened"
-            return [(found[0].name, found[1])]
+            classified = self.layout.classify(entry.name)
+            assert classified is not None, "the checkpoint was classified when it was opened"
+            slot, expert = classified
+            return [(slot.name, expert)]
         return [(t, expert) for expert in range(entry.shape[0]) for t in templates]
 
     def slots_of(self, name: str) -> tuple[str, ...]:
@@ -216,28 +194,30 @@ class Checkpoint:
         return Source(parts[0][0].dtype, shape, spans)
 
     def _classify(self) -> None:
-        found: dict[str, dict[int, Piece]] = defaultdict(dict)
+        by_slot: dict[str, dict[int, Piece]] = defaultdict(dict)
         unlisted: list[str] = []
         for name, entry in self.entries.items():
             templates = self.layout.fused_match(name)
             if self.layout.is_carried(name, self.config):
                 self.carried.append(name)
             elif templates is not None:
-                self._add_fused(entry, templates, found)
+                self._add_fused(entry, templates, by_slot)
             elif classified := self.layout.classify(name):
                 slot, expert = classified
                 self.slots[slot.name] = self._adjusted(slot)
                 piece = Piece(entry, 0, _rows(entry.shape), entry.shape)
-                self._keep(found[slot.name], expert, piece)
+                self._keep(by_slot[slot.name], expert, piece)
             else:
                 unlisted.append(name)
         if unlisted:
             raise CheckpointError(
                 f"{self.folder}: the layout of {self.layout.model_type} lists no tensor "
-                f"{listed(unlisted)}. Add a row to crane_tasks/models/layouts."
+                f"{listed(unlisted)}. Add a row to crane_tasks/models/files/layouts."
             )
-        self._check_complete(found)
-        self.pieces = {name: [p for _, p in sorted(found[name].items())] for name in found}
+        self._check_complete(by_slot)
+        self.pieces = {
+            name: [p for _, p in sorted(experts.items())] for name, experts in by_slot.items()
+        }
 
     def _adjusted(self, slot: Slot) -> Slot:
         """A stored head that is tied to the embedding must stay equal to it."""
@@ -249,7 +229,7 @@ class Checkpoint:
         self,
         entry: Entry,
         templates: tuple[str, ...],
-        found: dict[str, dict[int, Piece]],
+        by_slot: dict[str, dict[int, Piece]],
     ) -> None:
         if len(entry.shape) != 3 or entry.shape[1] % len(templates):
             raise CheckpointError(
@@ -263,7 +243,7 @@ class Checkpoint:
             for expert in range(experts):
                 first = expert * rows + index * height
                 piece = Piece(entry, first, first + height, (height, columns))
-                self._keep(found[template], expert, piece)
+                self._keep(by_slot[template], expert, piece)
 
     def _keep(self, pieces: dict[int, Piece], expert: int, piece: Piece) -> None:
         if expert in pieces:
@@ -273,12 +253,12 @@ class Checkpoint:
             )
         pieces[expert] = piece
 
-    def _check_complete(self, found: dict[str, dict[int, Piece]]) -> None:
-        stacks = [pieces for name, pieces in found.items() if "*" in name]
+    def _check_complete(self, by_slot: dict[str, dict[int, Piece]]) -> None:
+        stacks = [pieces for name, pieces in by_slot.items() if "*" in name]
         experts = max((max(p) + 1 for p in stacks), default=0)
         experts = max(experts, self.layout.number_of_experts(self.config)) if stacks else 0
         problems: list[str] = []
-        for name, pieces in found.items():
+        for name, pieces in by_slot.items():
             count = experts if "*" in name else 1
             problems += [
                 f"{name.replace('*', str(e))} is missing" for e in range(count) if e not in pieces
@@ -302,140 +282,3 @@ class Checkpoint:
 
 def _rows(shape: tuple[int, ...]) -> int:
     return shape[0] if shape else 1
-
-
-def side_files(folder: Path) -> list[str]:
-    """Config, tokenizer, chat template and every other file that a merge carries over.
-
-    Left out: weights in any format, their index, the card, hidden files.
-    """
-    found = []
-    for file in sorted(p for p in folder.rglob("*") if p.is_file()):
-        relative = file.relative_to(folder)
-        hidden = any(part.startswith(".") for part in relative.parts)
-        weights = file.suffix in WEIGHT_SUFFIXES or file.name.endswith(".index.json")
-        if not (hidden or weights or relative.as_posix() in (CARD, *OWN_FILES)):
-            found.append(relative.as_posix())
-    return found
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """The checkpoint's config.json.
-
-    Raises:
-        CheckpointError: the folder or the file is missing, or it is not a model's config.
-    """
-    file = folder / "config.json"
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such checkpoint folder")
-    try:
-        config = json.loads(file.read_text())
-    except OSError as error:
-        raise CheckpointError(f"{folder}: has no config.json, so it is no checkpoint") from error
-    except ValueError as error:
-        raise CheckpointError(f"{file}: not JSON: {error}") from error
-    if not isinstance(config, dict) or not isinstance(config.get("num_hidden_layers"), int):
-        raise CheckpointError(f"{file}: not the config of a decoder-only language model")
-    if config.get("quantization_config"):
-        raise CheckpointError(
-            f"{file}: the checkpoint is quantised ({config['quantization_config']}); "
-            "merge the unquantised one"
-        )
-    return config
-
-
-def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
-    """The safetensors files, and the index's weight map if there is an index."""
-    index = folder / INDEX
-    if index.exists():
-        try:
-            weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
-            files = [folder / name for name in sorted(set(weight_map.values()))]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{index}: not an index of safetensors files") from error
-        if (folder / SINGLE).exists() and folder / SINGLE not in files:
-            raise CheckpointError(
-                f"{folder}: holds both {INDEX} and {SINGLE}, which loaders choose between "
-                "differently. Remove the one that is left over."
-            )
-        astray = [f.name for f in files if f.parent != folder]
-        if astray:
-            raise CheckpointError(f"{index}: names files outside the folder: {listed(astray)}")
-        missing = [f.name for f in files if not f.exists()]
-        if missing:
-            raise CheckpointError(
-                f"{folder}: the index names files that are missing: {listed(missing)}. "
-                "Finish the download."
-            )
-        return files, weight_map
-    if (folder / SINGLE).exists():
-        return [folder / SINGLE], None
-    raise CheckpointError(
-        f"{folder}: holds neither {INDEX} nor {SINGLE}. Only safetensors checkpoints are "
-        "read; convert others with transformers' save_pretrained."
-    )
-
-
-def _check_index(folder: Path, weight_map: dict[str, str], entries: dict[str, Entry]) -> None:
-    absent = [
-        f"{name} in {file}"
-        for name, file in weight_map.items()
-        if name not in entries or entries[name].file.name != file
-    ]
-    extra = [name for name in entries if name not in weight_map]
-    if absent:
-        raise CheckpointError(f"{folder}: the index promises what is not there: {listed(absent)}")
-    if extra:
-        raise CheckpointError(f"{folder}: tensors that the index does not list: {listed(extra)}")
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Base and donor with the same slots, experts and shapes."""
-
-    base: Checkpoint
-    donor: Checkpoint
-
-    @classmethod
-    def open(cls, base: Path, donor: Path) -> "Pair":
-        """Open both and compare them; headers only.
-
-        Raises:
-            CheckpointError: with every difference of names and shapes in one message.
-        """
-        pair = cls(Checkpoint.open(base), Checkpoint.open(donor))
-        pair._require_match()
-        return pair
-
-    def donor_tensor(self, slot: str, expert: int = 0) -> Tensor:
-        """The donor's tensor in its stored dtype; a tied head is its embedding."""
-        if slot not in self.donor.pieces and slot == "lm_head.weight" and self.donor.tied:
-            return self.donor.read("model.embed_tokens.weight")
-        return self.donor.read(slot, expert)
-
-    def _require_match(self) -> None:
-        base, donor = self.base, self.donor
-        if base.layout.model_type != donor.layout.model_type:
-            raise CheckpointError(
-                f"unlike models: the base is {base.layout.model_type}, the donor "
-                f"{donor.layout.model_type}"
-            )
-        missing = [n for n in base.pieces if n not in donor.pieces]
-        surplus = [n for n in donor.pieces if n not in base.pieces]
-        if base.tied and donor.tied:
-            # A tied head may be stored or not: either way it is the embedding.
-            missing = [n for n in missing if n != "lm_head.weight"]
-            surplus = [n for n in surplus if n != "lm_head.weight"]
-        problems = [f"{n} is only in the base" for n in missing]
-        problems += [f"{n} is only in the donor" for n in surplus]
-        for name in base.pieces.keys() & donor.pieces.keys():
-            ours, theirs = base.pieces[name], donor.pieces[name]
-            if len(ours) != len(theirs):
-                problems.append(f"{name}: {len(ours)} experts against {len(theirs)}")
-            elif ours[0].shape != theirs[0].shape:
-                problems.append(f"{name}: {list(ours[0].shape)} against {list(theirs[0].shape)}")
-        if problems:
-            raise CheckpointError(
-                f"base {base.folder} and donor {donor.folder} do not pair: "
-                f"{listed(sorted(problems))}"
-            )

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from crane_tasks.models.checkpoint import Source
-from crane_tasks.models.safetensors_io import Span, byte_view, read_span
+from crane_tasks.models.files.checkpoint import Source
+from crane_tasks.models.files.memory import aligned
+from crane_tasks.models.files.safetensors_io import Span, byte_view, read_span
 
 # One thread copies some GB/s out of the page cache, a GPU takes 50 of them.
 THREADS = min(12, os.cpu_count() or 1)
@@ -50,7 +51,7 @@ class Loader:
         self._asked = group
         if self._copied is not None:
             self._copied.synchronize()  # the device may still be reading the buffer
-        needed = sum(_padded(s.nbytes) for s in sources.values())
+        needed = sum(aligned(s.nbytes, ALIGN) for s in sources.values())
         if self._buffer.numel() < needed:
             self._buffer = torch.empty(0, dtype=torch.uint8)  # free the old one first
             locked = self._device.type == "cuda"
@@ -66,20 +67,22 @@ class Loader:
         """
         self.ask(group, sources)
         self._wait()
-        block = self._room(sum(_padded(_count(s) * dtype.itemsize) for s in sources.values()))
-        found, at, place = {}, 0, 0
+        block = self._room(
+            sum(aligned(_count(s) * dtype.itemsize, ALIGN) for s in sources.values())
+        )
+        tensors, at, place = {}, 0, 0
         for name, source in sources.items():
             raw = self._buffer[at : at + source.nbytes].view(source.dtype).view(source.shape)
             size = _count(source) * dtype.itemsize
-            found[name] = block[place : place + size].view(dtype).view(source.shape)
+            tensors[name] = block[place : place + size].view(dtype).view(source.shape)
             if raw.dtype != dtype:
                 raw = raw.to(self._device, non_blocking=True)  # it converts faster than the host
-            found[name].copy_(raw, non_blocking=True)
-            at, place = at + _padded(source.nbytes), place + _padded(size)
+            tensors[name].copy_(raw, non_blocking=True)
+            at, place = at + aligned(source.nbytes, ALIGN), place + aligned(size, ALIGN)
         if self._device.type == "cuda":
             self._copied = recorded()
         self._asked = None
-        return found
+        return tensors
 
     def _room(self, nbytes: int) -> Tensor:
         if not self._reuse:
@@ -122,7 +125,7 @@ def _jobs(sources: Sources, into: memoryview) -> Iterator[Job]:
                     yield job
                     job, size = [], 0
             at += span.count
-        begin += _padded(source.nbytes)
+        begin += aligned(source.nbytes, ALIGN)
     yield job
 
 
@@ -133,7 +136,3 @@ def _read(job: Job) -> None:
 
 def _count(source: Source) -> int:
     return math.prod(source.shape)
-
-
-def _padded(count: int) -> int:
-    return -(-count // ALIGN) * ALIGN

@@ -1,23 +1,26 @@
-"""Where hidden states wait between layers: on the device, or ashore in host memory."""
+"""Where hidden states wait between layers: on the device, or in host memory."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from crane_tasks.models.loading import recorded
+from crane_tasks.models.walk.loading import recorded
+
+# Lists of hidden states that are on a device at once where the rest is in host memory.
+IN_USE = 6
 
 
 class Keeper:
     """Keeps states where they are: on the device, or on a CPU that is the device.
 
     Attributes:
-        ashore: whether saved lists are to be moved to host memory behind the computation.
+        offload: whether saved lists are to be moved to host memory behind the computation.
     """
 
-    def __init__(self, device: torch.device, *, ashore: bool = False) -> None:
+    def __init__(self, device: torch.device, *, offload: bool = False) -> None:
         self.device = device
-        self.ashore = ashore
+        self.offload = offload
 
     def keep(self, state: Tensor) -> Tensor:
         """A state for later; what it holds is sure only after `settle`."""
@@ -58,10 +61,10 @@ class _Slot:
         return self._as(like)
 
 
-class Ferry(Keeper):
+class HostKeeper(Keeper):
     """Keeps every state in ordinary host memory, for sets too large for the device.
 
-    They cross through a few page-locked slots, so that the device computes one batch while
+    They are copied through a few page-locked slots, so that the device computes one batch while
     the state before it leaves and the one after it comes. To page-lock all of the host
     memory would cost more time than the copies.
     """
@@ -86,10 +89,27 @@ class Ferry(Keeper):
 
     def fetch(self, state: Tensor) -> Tensor:
         slot = self._slot()
-        here = slot.room_for(state).copy_(state).to(self.device, non_blocking=True)
+        on_device = slot.room_for(state).copy_(state).to(self.device, non_blocking=True)
         slot.moved = recorded()
-        return here
+        return on_device
 
     def settle(self) -> None:
         for slot in self._slots:
             slot.free()
+
+
+def keeper_for(device: torch.device, boundary: int, lists: int, *, resident: bool) -> Keeper:
+    """What keeps hidden states between layers: `lists` boundaries of so many bytes.
+
+    On the device if the weights are `resident` and all take at most a quarter of what is
+    free. Else in host memory: the few lists in use stay on the device if they take at
+    most a quarter (entering, incoming, outgoing, two on their way), or none does.
+    """
+    if device.type != "cuda":
+        return Keeper(device)
+    free, _ = torch.cuda.mem_get_info(device)
+    if resident and 4 * lists * boundary <= free:
+        return Keeper(device)
+    if 4 * IN_USE * boundary <= free:
+        return Keeper(device, offload=True)
+    return HostKeeper(device)

@@ -13,7 +13,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-ONE_BY_ONE = 1  # a limit that puts every item into a batch of its own
 # A batch's shortest item is at least this share of its longest, so padding is bounded.
 LIKE = 0.75
 
@@ -28,10 +27,7 @@ class Batch:
 
     def rows(self, parts: Sequence[Tensor], fill: float | bool = 0) -> Tensor:
         """Per-token tensors of the items, padded: [B, T]."""
-        out = torch.full(tuple(self.ids.shape), fill, dtype=parts[0].dtype)
-        for row, part in enumerate(parts):
-            out[row, : part.numel()] = part
-        return out
+        return _padded(parts, self.ids.shape[1], fill)
 
 
 def batched(sequences: Sequence[Tensor], limit: int) -> list[Batch]:
@@ -50,7 +46,7 @@ def batched(sequences: Sequence[Tensor], limit: int) -> list[Batch]:
                 groups[-1].append(index)
                 continue
         groups.append([index])
-    return [_padded(sequences, group) for group in groups]
+    return [_batch(sequences, group) for group in groups]
 
 
 def plan_mark(batches: Iterable[Batch]) -> str:
@@ -59,12 +55,18 @@ def plan_mark(batches: Iterable[Batch]) -> str:
     return blake2b(plan.encode(), digest_size=6).hexdigest()
 
 
-def _padded(sequences: Sequence[Tensor], group: list[int]) -> Batch:
+def _batch(sequences: Sequence[Tensor], group: list[int]) -> Batch:
     lengths = tuple(int(sequences[i].numel()) for i in group)
-    ids = torch.zeros(len(group), lengths[0], dtype=torch.int64)
-    for row, index in enumerate(group):
-        ids[row, : lengths[row]] = sequences[index]
-    return Batch(ids, tuple(group), lengths)
+    ids = _padded([sequences[i] for i in group], lengths[0], 0)
+    return Batch(ids.long(), tuple(group), lengths)
+
+
+def _padded(parts: Sequence[Tensor], width: int, fill: float | int) -> Tensor:
+    """Vectors as rows of one tensor [B, width], filled up on the right."""
+    out = torch.full((len(parts), width), fill, dtype=parts[0].dtype)
+    for row, part in enumerate(parts):
+        out[row, : part.numel()] = part
+    return out
 
 
 def unpadded(batch: Batch, states: Float[Tensor, "B T d"]) -> list[Tensor]:

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from crane_tasks.models.batches import Batch, batched, plan_mark, unpadded
-from crane_tasks.models.pace import Pace, Progress
-from crane_tasks.models.passage import Passage
-from crane_tasks.models.states import States
-from crane_tasks.models.stream import Item, LayerStream
+from crane_tasks.models.walk.batches import Batch, batched, plan_mark
+from crane_tasks.models.walk.losses import Item, batch_losses
+from crane_tasks.models.walk.pace import OnStep, Pace
+from crane_tasks.models.walk.passage import Passage
+from crane_tasks.models.walk.states import States
+from crane_tasks.models.walk.stream import LayerStream
 
 Gradients = dict[str, Tensor]  # parameter name within its layer -> gradient
 Sets = Mapping[str, list[Item]]
@@ -43,13 +44,13 @@ class Accumulator:
 
     def _taker(self, name: str) -> Callable[[Tensor], None]:
         def take(parameter: Tensor) -> None:
-            found, parameter.grad = parameter.grad, None
-            assert found is not None
+            gradient, parameter.grad = parameter.grad, None
+            assert gradient is not None
             if name not in self._sums:
-                self._sums[name] = found
+                self._sums[name] = gradient
             else:
-                wide = torch.promote_types(found.dtype, torch.float32)
-                self._sums[name] = self._sums[name].to(wide).add_(found)
+                wide = torch.promote_types(gradient.dtype, torch.float32)
+                self._sums[name] = self._sums[name].to(wide).add_(gradient)
 
         return take
 
@@ -60,14 +61,14 @@ class Accumulator:
         """
         for hook in self._hooks:
             hook.remove()
-        found: Gradients = {}
+        totals: Gradients = {}
         for name, parameter in self._parameters.items():
             dtype = kept or torch.promote_types(parameter.dtype, torch.float32)
             if name in self._sums:
-                found[name] = self._sums.pop(name).to(dtype)
+                totals[name] = self._sums.pop(name).to(dtype)
             else:
-                found[name] = torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
-        return found
+                totals[name] = torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
+        return totals
 
 
 class GradientWalk:
@@ -98,10 +99,10 @@ class GradientWalk:
         self._states = states.within(plan_mark(batch for _, batch in self._batches))
         self._passage = Passage(stream, [b for _, b in self._batches], stream.num_layers + 2)
         self._keeper = self._passage.keeper
-        self._states.ashore = self._keeper.ashore
+        self._states.offload = self._keeper.offload
         self.losses: dict[str, list[float]] = {n: [math.nan] * len(i) for n, i in sets.items()}
 
-    def run(self, visit: Visit, done: Collection[int | None], progress: Progress) -> None:
+    def run(self, visit: Visit, done: Collection[int | None], on_step: OnStep) -> None:
         """Walk forward and backward; `visit(layer, gradients per set)` once per layer.
 
         The parameters outside the layers come first, as layer None. Layers in `done` were
@@ -116,7 +117,7 @@ class GradientWalk:
             self._states.save("hidden.0", self._passage.hidden)
         reached = self._reached() if start is None else count
         pace = Pace(
-            progress,
+            on_step,
             layers=count,
             tokens=self._passage.tokens,
             passes=count * (1 + BACKWARD),
@@ -177,24 +178,24 @@ class GradientWalk:
         gradients: list[Tensor] = [torch.empty(0)] * len(hidden)
         for p in stream.outside.values():
             p.requires_grad_(True)
-        found: dict[str, Gradients] = {}
+        by_set: dict[str, Gradients] = {}
         with stream.head():
             for name, items in self._sets.items():
                 sums = Accumulator(stream.outside)
                 for index, batch in self._of(name):
                     chosen = [items[i] for i in batch.items]
-                    losses, grad = stream.losses(self._keeper.fetch(hidden[index]), chosen)
+                    losses, grad = batch_losses(stream, self._keeper.fetch(hidden[index]), chosen)
                     assert grad is not None
                     gradients[index] = self._keeper.keep(grad)
                     for item, loss in zip(batch.items, losses, strict=True):
                         self.losses[name][item] = loss
-                found[name] = sums.result(self._kept)
+                by_set[name] = sums.result(self._kept)
         for p in stream.outside.values():
             p.requires_grad_(False)
         self._keeper.settle()
         states.save(f"grad.{count}", gradients)
         if None not in done:
-            visit(None, found)
+            visit(None, by_set)
         states.drop(f"hidden.{count}")
 
     def _of(self, name: str) -> list[tuple[int, Batch]]:
@@ -207,12 +208,12 @@ class GradientWalk:
         for layer in reversed(range(begin)):
             if layer > 0:
                 states.ask(f"hidden.{layer - 1}")
-            found, gradients = self._backward(layer, gradients, pace)
+            by_set, gradients = self._backward(layer, gradients, pace)
             if layer > 0:
                 states.save(f"grad.{layer}", gradients)
             if layer not in done:
-                visit(layer, found)
-            del found  # not to be in memory beside the next layer's
+                visit(layer, by_set)
+            del by_set  # not to be in memory beside the next layer's
             # Dropped only after the visit has committed the layer: a kill in between
             # finds either the gradient that entered the layer, or the layer done.
             states.drop(f"grad.{layer + 1}")
@@ -226,7 +227,7 @@ class GradientWalk:
         stream = self._stream
         hidden = self._states.load(f"hidden.{layer}")
         outgoing: list[Tensor] = [torch.empty(0)] * len(hidden)
-        found: dict[str, Gradients] = {}
+        by_set: dict[str, Gradients] = {}
         with stream.layer(layer, grad=True) as module:
             for name in self._sets:
                 sums = Accumulator(dict(module.named_parameters()))
@@ -237,30 +238,6 @@ class GradientWalk:
                     assert state.grad is not None
                     outgoing[index] = self._keeper.keep(state.grad)
                     pace.batch("backward", layer, index, BACKWARD)
-                found[name] = sums.result(self._kept)
+                by_set[name] = sums.result(self._kept)
         self._keeper.settle()
-        return found, outgoing
-
-
-@torch.no_grad()
-def item_losses(
-    stream: LayerStream, items: list[Item], progress: Progress
-) -> tuple[list[float], list[Tensor]]:
-    """Each item's mean token NLL, and its state [T, d] after the last layer; forward only."""
-    batches = batched([item.ids for item in items], stream.batch_tokens)
-    passage = Passage(stream, batches, 2)
-    count = stream.num_layers
-    pace = Pace(progress, layers=count, tokens=passage.tokens, passes=count)
-    stream.expect(range(count))
-    for layer in range(count):
-        with stream.layer(layer) as module:
-            passage.push(module, layer, pace)
-        pace.layer()
-    losses, states = [math.nan] * len(items), [torch.empty(0)] * len(items)
-    with stream.head():
-        for batch, h in zip(batches, passage.hidden, strict=True):
-            found, _ = stream.losses(passage.keeper.fetch(h), [items[i] for i in batch.items])
-            own = unpadded(batch, h)
-            for place, loss, state in zip(batch.items, found, own, strict=True):
-                losses[place], states[place] = loss, state
-    return losses, states
+        return by_set, outgoing

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from crane_tasks.errors import CheckpointError
-from crane_tasks.models.checkpoint import read_config
-from crane_tasks.models.layout import layout_of
-from crane_tasks.models.stream import experts_options
+from crane_tasks.models.files.folder import read_config
+from crane_tasks.models.files.layout import layout_of
+from crane_tasks.models.walk.skeleton import experts_options
 
 
 def load_resident(folder: Path, device: torch.device, compute: torch.dtype) -> Any:

@@ -226,11 +226,11 @@ def _refusal(server: Endpoint, error: "APIError") -> EndpointError:
 
 def _said(error: "APIError") -> str:
     """The server's own message, wherever it put it."""
-    found: Any = error.body
+    said: Any = error.body
     for key in ("error", "message", "detail"):
-        if isinstance(found, dict) and key in found:
-            found = found[key]
-    return _short(found if isinstance(found, str) else str(found or error.message))
+        if isinstance(said, dict) and key in said:
+            said = said[key]
+    return _short(said if isinstance(said, str) else str(said or error.message))
 
 
 def _short(text: str) -> str:

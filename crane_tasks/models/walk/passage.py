@@ -5,9 +5,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from crane_tasks.models.batches import Batch
-from crane_tasks.models.pace import Pace
-from crane_tasks.models.stream import LayerStream
+from crane_tasks.models.walk.batches import Batch
+from crane_tasks.models.walk.keeping import keeper_for
+from crane_tasks.models.walk.pace import Pace
+from crane_tasks.models.walk.stream import LayerStream
 
 
 class Passage:
@@ -26,7 +27,8 @@ class Passage:
         with stream.embedding():
             entered = [stream.enter(batch.ids) for batch in batches]
         self.calls = [calls for _, calls in entered]
-        self.keeper = stream.keeper(sum(hidden.nbytes for hidden, _ in entered), lists)
+        boundary = sum(hidden.nbytes for hidden, _ in entered)
+        self.keeper = keeper_for(stream.device, boundary, lists, resident=stream.resident)
         self.hidden: list[Tensor] = [self.keeper.keep(hidden) for hidden, _ in entered]
         self.keeper.settle()
         self.tokens = [batch.ids.numel() for batch in batches]

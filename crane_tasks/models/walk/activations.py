@@ -12,12 +12,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from crane_tasks.models.batches import batched, plan_mark
-from crane_tasks.models.layout import Site
-from crane_tasks.models.pace import Pace, Progress
-from crane_tasks.models.passage import Passage
-from crane_tasks.models.states import States
-from crane_tasks.models.stream import LayerStream
+from crane_tasks.models.files.layout import Site
+from crane_tasks.models.walk.batches import Batch, batched, plan_mark
+from crane_tasks.models.walk.pace import OnStep, Pace
+from crane_tasks.models.walk.passage import Passage
+from crane_tasks.models.walk.states import States
+from crane_tasks.models.walk.stream import LayerStream
 
 
 @dataclass
@@ -66,12 +66,12 @@ class _Taps:
         if rows.shape[0] == 0:
             return
         gram = self._gram(rows)
-        found = self.sums.setdefault(site, {})
-        if expert in found:
-            found[expert].total += gram
-            found[expert].rows += rows.shape[0]
+        sums = self.sums.setdefault(site, {})
+        if expert in sums:
+            sums[expert].total += gram
+            sums[expert].rows += rows.shape[0]
         else:
-            found[expert] = Sum(gram, rows.shape[0])
+            sums[expert] = Sum(gram, rows.shape[0])
 
     def _chosen(self, states: Tensor) -> Tensor:
         return states.reshape(-1, states.shape[-1])[self._rows]
@@ -102,7 +102,7 @@ def walk_activations(
     states: States,
     done: Collection[int],
     visit: Callable[[int, Sums], None],
-    progress: Progress,
+    on_step: OnStep,
 ) -> None:
     """Push the items through all layers: token ids int64 [T], mask of the rows taken bool [T].
 
@@ -112,16 +112,13 @@ def walk_activations(
     batches = batched([ids for ids, _ in items], stream.batch_tokens)
     passage = Passage(stream, batches, 3)
     states = states.within(plan_mark(batches))
-    states.ashore = passage.keeper.ashore
-    masks = [
-        batch.rows([items[i][1] for i in batch.items], fill=False).flatten().to(stream.device)
-        for batch in batches
-    ]
+    states.offload = passage.keeper.offload
+    masks = [_mask(batch, items).to(stream.device) for batch in batches]
     reached = max((i + 1 for i in done if states.has(f"behind.{i}")), default=0)
     if reached:
         passage.hidden = states.load(f"behind.{reached - 1}")
     count = stream.num_layers
-    pace = Pace(progress, layers=count, tokens=passage.tokens, passes=count, skipped=reached)
+    pace = Pace(on_step, layers=count, tokens=passage.tokens, passes=count, skipped=reached)
     stream.expect(range(reached, count))
     try:
         for layer in range(reached, count):
@@ -136,3 +133,8 @@ def walk_activations(
             pace.layer()
     finally:
         states.flush()
+
+
+def _mask(batch: Batch, items: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Which rows of a batch are taken, bool [B * T]; none of the padding."""
+    return batch.rows([items[i][1] for i in batch.items], fill=False).flatten()

@@ -14,6 +14,8 @@ from typing import Any
 
 from crane_tasks.errors import CheckpointError
 
+_OUTSIDE = "outside"  # the unit of what lies in no decoder layer
+
 
 @dataclass(frozen=True)
 class Site:
@@ -96,7 +98,12 @@ class Rule:
 
 def unit_name(layer: int | None) -> str:
     """`layer.7`, or `outside` for what lies in no decoder layer."""
-    return "outside" if layer is None else f"layer.{layer}"
+    return _OUTSIDE if layer is None else f"layer.{layer}"
+
+
+def layer_of_unit(unit: str) -> int | None:
+    """The layer that a unit is named after: the inverse of `unit_name`."""
+    return None if unit == _OUTSIDE else int(unit.removeprefix("layer."))
 
 
 # What a placeholder of a template stands for.
@@ -170,10 +177,10 @@ class Layout:
 
     def classify_slot(self, slot_name: str) -> Slot:
         """The slot of a name that already has `*` for the expert."""
-        found = self.classify(slot_name.replace("*", "0"))
-        if found is None:
+        classified = self.classify(slot_name.replace("*", "0"))
+        if classified is None:
             raise CheckpointError(f"layout {self.model_type} names no slot {slot_name}")
-        return found[0]
+        return classified[0]
 
 
 def _first(config: Mapping[str, Any], keys: Iterable[str]) -> int:
@@ -183,7 +190,7 @@ def _first(config: Mapping[str, Any], keys: Iterable[str]) -> int:
 
 def _merged_table(model_type: str) -> dict[str, Any]:
     """The table's own rows before those of the table that it extends."""
-    folder = resources.files("crane_tasks.models") / "layouts"
+    folder = resources.files("crane_tasks.models.files") / "layouts"
     table = tomllib.loads((folder / f"{model_type}.toml").read_text())
     if parent_name := table.pop("extends", None):
         parent = _merged_table(parent_name)
@@ -196,7 +203,7 @@ def _merged_table(model_type: str) -> dict[str, Any]:
 
 def known_architectures() -> list[str]:
     """The model types that have a table."""
-    folder = resources.files("crane_tasks.models") / "layouts"
+    folder = resources.files("crane_tasks.models.files") / "layouts"
     return sorted(p.name.removesuffix(".toml") for p in folder.iterdir())
 
 
@@ -211,7 +218,7 @@ def layout_of(model_type: str) -> Layout:
         raise CheckpointError(
             f"architecture '{model_type}' has no layout table. Known: "
             f"{', '.join(known_architectures())}. A new one is a file in "
-            "crane_tasks/models/layouts."
+            "crane_tasks/models/files/layouts."
         )
     table = _merged_table(model_type)
     sites = {

@@ -1,0 +1,1 @@
+"""Greedy decoding, by transformers or by a server."""

@@ -1,0 +1,1 @@
+"""Checkpoint folders: which tensors they hold, and where their bytes lie."""

@@ -1,0 +1,120 @@
+"""What lies in a checkpoint folder besides tensors: config, index, and files to take along."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from crane_tasks.errors import CheckpointError
+from crane_tasks.models.files.safetensors_io import Entry
+from crane_tasks.models.files.wording import listed
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+CARD = "README.md"
+OWN_FILES = ("crane.json", "crane_recipe.yaml")  # of an earlier merge: the new one has its own
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
+
+
+def side_files(folder: Path) -> list[str]:
+    """Config, tokenizer, chat template and every other file that a merge carries over.
+
+    Left out: weights in any format, their index, the card, hidden files.
+    """
+    names = []
+    for file in sorted(p for p in folder.rglob("*") if p.is_file()):
+        relative = file.relative_to(folder)
+        hidden = any(part.startswith(".") for part in relative.parts)
+        weights = file.suffix in WEIGHT_SUFFIXES or file.name.endswith(".index.json")
+        if not (hidden or weights or relative.as_posix() in (CARD, *OWN_FILES)):
+            names.append(relative.as_posix())
+    return names
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The checkpoint's config.json.
+
+    Raises:
+        CheckpointError: the folder or the file is missing, or it is not a model's config.
+    """
+    file = folder / "config.json"
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such checkpoint folder")
+    try:
+        config = json.loads(file.read_text())
+    except OSError as error:
+        raise CheckpointError(f"{folder}: has no config.json, so it is no checkpoint") from error
+    except ValueError as error:
+        raise CheckpointError(f"{file}: not JSON: {error}") from error
+    if not isinstance(config, dict) or not isinstance(config.get("num_hidden_layers"), int):
+        raise CheckpointError(f"{file}: not the config of a decoder-only language model")
+    if config.get("quantization_config"):
+        raise CheckpointError(
+            f"{file}: the checkpoint is quantised ({config['quantization_config']}); "
+            "merge the unquantised one"
+        )
+    return config
+
+
+def weight_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
+    """The safetensors files, sorted, and the index's weight map if there is an index.
+
+    Raises:
+        CheckpointError: there are none, or the index is damaged or names what is not there.
+    """
+    index = folder / INDEX
+    if index.exists():
+        try:
+            weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
+            files = [folder / name for name in sorted(set(weight_map.values()))]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{index}: not an index of safetensors files") from error
+        if (folder / SINGLE).exists() and folder / SINGLE not in files:
+            raise CheckpointError(
+                f"{folder}: holds both {INDEX} and {SINGLE}, which loaders choose between "
+                "differently. Remove the one that is left over."
+            )
+        astray = [f.name for f in files if f.parent != folder]
+        if astray:
+            raise CheckpointError(f"{index}: names files outside the folder: {listed(astray)}")
+        missing = [f.name for f in files if not f.exists()]
+        if missing:
+            raise CheckpointError(
+                f"{folder}: the index names files that are missing: {listed(missing)}. "
+                "Finish the download."
+            )
+        return files, weight_map
+    if (folder / SINGLE).exists():
+        return [folder / SINGLE], None
+    raise CheckpointError(
+        f"{folder}: holds neither {INDEX} nor {SINGLE}. Only safetensors checkpoints are "
+        "read; convert others with transformers' save_pretrained."
+    )
+
+
+def check_index(folder: Path, weight_map: Mapping[str, str], entries: Mapping[str, Entry]) -> None:
+    """The index and the files' headers list the same tensors in the same files.
+
+    Raises:
+        CheckpointError: with the names in which they differ.
+    """
+    absent = [
+        f"{name} in {file}"
+        for name, file in weight_map.items()
+        if name not in entries or entries[name].file.name != file
+    ]
+    extra = [name for name in entries if name not in weight_map]
+    if absent:
+        raise CheckpointError(f"{folder}: the index promises what is not there: {listed(absent)}")
+    if extra:
+        raise CheckpointError(f"{folder}: tensors that the index does not list: {listed(extra)}")

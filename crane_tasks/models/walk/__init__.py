@@ -1,0 +1,1 @@
+"""A model walked with one decoder layer in memory at a time."""

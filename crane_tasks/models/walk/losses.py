@@ -1,0 +1,101 @@
+"""Losses of calibration items at the head, and the gradient that goes back from there."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from crane_tasks.models.walk.batches import batched, unpadded
+from crane_tasks.models.walk.pace import OnStep, Pace
+from crane_tasks.models.walk.passage import Passage
+from crane_tasks.models.walk.stream import LayerStream
+
+# Logits are made for so many bytes of float32 at a time: a vocabulary of 152k times 2,000
+# target tokens would be 1.2 GB.
+LOGIT_BYTES = {"cpu": 32 * 2**20, "cuda": 2**30}
+
+
+@dataclass(frozen=True)
+class Item:
+    """One calibration item: token ids [T], of which the first `prompt` are masked.
+
+    `weight` is the item's share in the set's objective, 1 / (number of items).
+    """
+
+    ids: Int[Tensor, " T"]
+    prompt: int
+    weight: float
+
+    @property
+    def targets(self) -> int:
+        return int(self.ids.numel()) - self.prompt
+
+
+@torch.no_grad()
+def item_losses(
+    stream: LayerStream, items: list[Item], on_step: OnStep
+) -> tuple[list[float], list[Tensor]]:
+    """Each item's mean token NLL, and its state [T, d] after the last layer; forward only."""
+    batches = batched([item.ids for item in items], stream.batch_tokens)
+    passage = Passage(stream, batches, 2)
+    count = stream.num_layers
+    pace = Pace(on_step, layers=count, tokens=passage.tokens, passes=count)
+    stream.expect(range(count))
+    for layer in range(count):
+        with stream.layer(layer) as module:
+            passage.push(module, layer, pace)
+        pace.layer()
+    losses, states = [math.nan] * len(items), [torch.empty(0)] * len(items)
+    with stream.head():
+        for batch, h in zip(batches, passage.hidden, strict=True):
+            of_batch, _ = batch_losses(
+                stream, passage.keeper.fetch(h), [items[i] for i in batch.items]
+            )
+            own = unpadded(batch, h)
+            for place, loss, state in zip(batch.items, of_batch, own, strict=True):
+                losses[place], states[place] = loss, state
+    return losses, states
+
+
+def batch_losses(
+    stream: LayerStream, hidden: Float[Tensor, "B T d"], items: Sequence[Item]
+) -> tuple[list[float], Float[Tensor, "B T d"] | None]:
+    """Each item's mean token NLL over its targets, and the weighted gradient.
+
+    `hidden` is the batch's state after the last layer, an item per row, padded on the
+    right. The gradient (None when grad is off) is that of the sum of `item.weight`
+    times the item's loss; the gradients of `stream.outside` accumulate alongside. Logits are
+    made for so many target tokens at a time as `LOGIT_BYTES` allows.
+    """
+    grad = torch.is_grad_enabled()
+    total = torch.zeros(len(items), dtype=torch.float64, device=stream.device)
+    counts = torch.tensor([item.targets for item in items], dtype=torch.float64)
+    weights = torch.tensor([item.weight for item in items], dtype=torch.float64) / counts
+    weights = weights.to(stream.device)
+    places = [_target_places(row, hidden.shape[1], item) for row, item in enumerate(items)]
+    rows, at, labels = (torch.cat(part).to(stream.device) for part in zip(*places, strict=True))
+    step = max(1, LOGIT_BYTES[stream.device.type] // (4 * stream.vocab_size))
+    leaf = hidden.detach().reshape(1, -1, hidden.shape[-1]).requires_grad_(grad)
+    with stream.head():
+        for first in range(0, rows.numel(), step):
+            chosen = slice(first, first + step)
+            logits = stream.logits(leaf, at[chosen])
+            wide = logits if logits.dtype == torch.float64 else logits.float()
+            loss = nn.functional.cross_entropy(wide, labels[chosen], reduction="none")
+            total.index_add_(0, rows[chosen], loss.detach().double())
+            if grad:
+                torch.autograd.backward((loss * weights[rows[chosen]]).sum())
+    gradient = None if leaf.grad is None else leaf.grad.view(hidden.shape)
+    return (total.cpu() / counts).tolist(), gradient
+
+
+def _target_places(row: int, width: int, item: Item) -> tuple[Tensor, Tensor, Tensor]:
+    """An item's row, the places of the states that predict its targets, and the targets.
+
+    Places count through a batch [B, width, d] whose rows lie one after the other.
+    """
+    at = torch.arange(item.prompt - 1, int(item.ids.numel()) - 1)
+    return torch.full_like(at, row), at + row * width, item.ids[item.prompt :]

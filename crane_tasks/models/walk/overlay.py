@@ -1,0 +1,47 @@
+"""Other weights laid over a checkpoint's, slot by slot, and its own ones put back."""
+
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from crane_tasks.models.files.checkpoint import Checkpoint
+from crane_tasks.models.walk.loading import Loader
+
+# The edited tensors of a slot as they would be stored, in pieces: (expert, first row, rows).
+Edit = Callable[[str], Iterable[tuple[int, int, Tensor]]]
+
+
+def lay_over(checkpoint: Checkpoint, edit: Edit, weights: Mapping[str, Tensor]) -> None:
+    """Overwrite weights, by the model's names for them, by what the edit makes of their slots."""
+    for name, tensor in weights.items():
+        first = 0
+        # What a checkpoint only carries has no slot and stays as it is.
+        for slot in filter(checkpoint.slots.get, checkpoint.slots_of(name)):
+            stacked = checkpoint.slots[slot].stacked
+            rows = checkpoint.pieces[slot][0].shape[0] if stacked else 0
+            for expert, begin, merged in edit(slot):
+                place = tensor[expert, first : first + rows] if stacked else tensor
+                if place.dim():
+                    place = place[begin : begin + merged.shape[0]]
+                place.copy_(merged.view(place.shape))
+            first += rows
+
+
+def read_again(
+    checkpoint: Checkpoint,
+    groups: Iterable[Mapping[str, Tensor]],
+    device: torch.device,
+    compute: torch.dtype,
+) -> None:
+    """Overwrite groups of weights on a device by the checkpoint's own bits.
+
+    Raises:
+        CheckpointError: they cannot be read again.
+    """
+    loader = Loader(device, reuse=True)
+    for number, group in enumerate(groups):
+        sources = {name: checkpoint.source(name) for name in group}
+        own = loader.take(number, sources, compute)
+        for name, tensor in group.items():
+            tensor.copy_(own[name])
