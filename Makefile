@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 PORT ?= 4200
+# Processes for the fast tests. What the tests of one share is made anew in another.
+JOBS ?= 2
 
 .PHONY: demo ui test test-slow check format bench clean
 
@@ -20,7 +22,7 @@ ui: $(READY)  ## Prefect's page with merge, sweep and evaluate; Ctrl-C stops eve
 	$(BIN)/python -m flows.ui --port $(PORT)
 
 test: $(READY) check  ## lint, types, import contracts and the fast tests
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -n $(JOBS) -m "not slow and not gpu"
 
 test-slow: $(READY)  ## the tests that take longer
 	$(BIN)/python -m pytest -m "slow and not gpu"
