@@ -13,7 +13,20 @@ from flows.merge import Merged, merge
 from flows.sweep import sweep
 
 pytestmark = pytest.mark.filterwarnings("ignore")
+PRELOAD = ["distributed", "prefect_dask", "flows.prefect_flow", "flows.sweep", "matplotlib.pyplot",
+           "transformers.models.qwen3_moe.modeling_qwen3_moe"]  # fmt: skip
 GRID = {"alphas": [0.2, 0.4], "taus": [0.01]}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def warm_workers() -> Iterator[None]:
+    """Dask's workers are forked from one process that has imported what they need."""
+    import dask
+    from distributed.utils import get_mp_context
+
+    with dask.config.set({"distributed.worker.multiprocessing-method": "forkserver"}):
+        get_mp_context().set_forkserver_preload(PRELOAD)
+        yield
 
 
 @pytest.fixture(scope="module")
