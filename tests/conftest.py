@@ -1,5 +1,6 @@
 """Tiny random pairs of all architectures, and the reference pairs where they are."""
 
+import gc
 import json
 import os
 import shutil
@@ -22,6 +23,8 @@ from torch import Tensor
 
 from crane_tasks.recipe import Recipe, load_recipe
 
+# The libraries' million objects stay: to look through all of them 25 times takes 10 s.
+gc.set_threshold(700, 10, 1000)
 # All tests of the walk, the stages and the commands run on these.
 ARCHITECTURES = ("qwen3", "qwen3_moe", "qwen3_next")
 REFERENCE = Path(__file__).parents[2] / "shared" / "reference"
