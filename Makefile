@@ -5,8 +5,10 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 PORT ?= 4200
+# Processes for the fast tests. What the tests of one share is made anew in another.
+JOBS ?= 2
 
-.PHONY: demo ui test test-slow check format bench clean
+.PHONY: demo ui test fast test-slow check format bench clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -19,8 +21,11 @@ demo: $(READY)  ## merge the embedded pair, stage by stage; again: every stage i
 ui: $(READY)  ## Prefect's page with merge, sweep and evaluate; Ctrl-C stops everything
 	$(BIN)/python -m flows.ui --port $(PORT)
 
-test: $(READY) check  ## lint, types, import contracts and the fast tests
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+test: $(READY)  ## lint, types and import contracts, and beside them the fast tests
+	@$(MAKE) --no-print-directory --jobs=2 check fast
+
+fast: $(READY)  ## the fast tests alone
+	$(BIN)/python -m pytest -n $(JOBS) -m "not slow and not gpu"
 
 test-slow: $(READY)  ## the tests that take longer
 	$(BIN)/python -m pytest -m "slow and not gpu"

@@ -1,5 +1,6 @@
 """Tiny random pairs of all architectures, and the reference pairs where they are."""
 
+import gc
 import json
 import os
 import shutil
@@ -23,6 +24,8 @@ from torch import Tensor
 from crane_tasks.recipe import Recipe, load_recipe
 
 ONE_BY_ONE = 1  # a limit of tokens that puts every item into a batch of its own
+# The libraries' million objects stay: to look through all of them 25 times takes 10 s.
+gc.set_threshold(700, 10, 1000)
 # All tests of the walk, the stages and the commands run on these.
 ARCHITECTURES = ("qwen3", "qwen3_moe", "qwen3_next")
 REFERENCE = Path(__file__).parents[2] / "shared" / "reference"
@@ -31,6 +34,9 @@ TEMPLATE = (
     "'<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+FIRST = {folder: place for place, folder in enumerate(("flows", "stages", "benchmarks", "models"))}
+SHARED = {"test_browser.py": "site", "test_prefect_site.py": "site",
+          "test_fan_out.py": "server", "test_prefect_flow.py": "server"}  # fmt: skip
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 ADDED = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>",
          "</think>")  # fmt: skip
@@ -280,6 +286,25 @@ def moe_pair(pairs: Callable[[str], TinyPair]) -> TinyPair:
     return pairs("qwen3_moe")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes longest comes first: else one process works on it when the others are done."""
+    items.sort(key=lambda item: FIRST.get(item.path.parent.name, len(FIRST)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """For `-n`: a file's tests share a process, and so do files that share a server."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Together(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file: str = super()._split_scope(nodeid)
+            return SHARED.get(Path(file).name, file)
+
+    config.option.loadscopereorder = False  # by their number: ours is by their length
+    return Together(config, log)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--screenshots", help="folder for pictures of Prefect's page, for the docs")
 
@@ -302,9 +327,9 @@ def reference(request: pytest.FixtureRequest) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def server() -> Iterator[None]:
-    """A Prefect server of its own with a database of its own."""
+    """A Prefect server of its own with a database of its own, one per test process."""
     from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
     from prefect.testing.utilities import prefect_test_harness
 

@@ -22,9 +22,11 @@ DEADLINE = 300.0  # only against a hang: every wait ends with what it waits for
 SERVER = """
 import gc, json, os, signal, sys, traceback, warnings
 warnings.filterwarnings("ignore")
-import torch, matplotlib.pyplot, datasets
+import torch, matplotlib.pyplot, datasets, rich.live, rich.progress, PIL.Image, PIL.ImageOps
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-from transformers.models import qwen3, qwen3_moe
+# The code of the models, too: with it come a thousand modules, of accelerate and others.
+from transformers.models.qwen3 import modeling_qwen3
+from transformers.models.qwen3_moe import modeling_qwen3_moe
 import flows.cli, flows.merge, flows.plan, flows.sweep, flows.evaluate, artifacts.cleaning
 
 def command():
@@ -37,6 +39,7 @@ def command():
         return 1
     return 0
 
+PIL.Image.init()
 gc.collect()
 gc.freeze()  # else the first collection in a child copies all of its memory
 for line in sys.stdin:

@@ -22,10 +22,7 @@ SHOWN = """wanted => {
     const shows = image => image.complete && image.naturalWidth > 100 && image.clientWidth > 100;
     return found.length == wanted && found.every(shows);
 }"""
-pytestmark = [
-    pytest.mark.xdist_group("site"),
-    pytest.mark.skipif(CHROMIUM is None, reason="no chromium: apt-get install chromium"),
-]
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium: apt-get install chromium")
 
 
 class Camera:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from conftest import TinyPair, load_tensors
+from prefect_site import wait_until
 
 from artifacts.store import Store
 from crane_tasks.errors import RecipeError
@@ -13,7 +14,20 @@ from flows.merge import Merged, merge
 from flows.sweep import sweep
 
 pytestmark = pytest.mark.filterwarnings("ignore")
+PRELOAD = ["distributed", "prefect_dask", "flows.prefect_flow", "flows.sweep", "matplotlib.pyplot",
+           "transformers.models.qwen3_moe.modeling_qwen3_moe"]  # fmt: skip
 GRID = {"alphas": [0.2, 0.4], "taus": [0.01]}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def warm_workers() -> Iterator[None]:
+    """Dask's workers are forked from one process that has imported what they need."""
+    import dask
+    from distributed.utils import get_mp_context
+
+    with dask.config.set({"distributed.worker.multiprocessing-method": "forkserver"}):
+        get_mp_context().set_forkserver_preload(PRELOAD)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -70,9 +84,9 @@ def test_two_workers_give_the_bits_of_one_process(
     assert all(ours[n].equal(theirs[n]) for n in ours)
     assert repr(numbers(tmp_path / "s1")) == repr(numbers(tmp_path / "s2"))  # NaN is NaN
     assert spread.evaluation["models"] == alone.evaluation["models"]
-    names = unit_names()
+    # The server hears of them a while after the flow's end.
     for stage in ("delta", "threshold", "apply", "evaluate"):
-        assert any(f": {stage} 2 of " in name for name in names), (stage, names)
+        wait_until(lambda s=stage: any(f": {s} 2 of " in n for n in unit_names()), stage)
 
 
 def test_points_of_a_sweep_are_measured_by_workers(

@@ -13,7 +13,7 @@ from uuid import UUID
 import pytest
 import torch
 from conftest import TinyPair, load_tensors, save_tensors
-from prefect_site import free_port
+from prefect_site import free_port, wait_until
 
 from artifacts.store import Store
 from artifacts.tensors import chunk_files
@@ -39,15 +39,22 @@ def run(pair: TinyPair, folder: Path) -> Any:
     )
 
 
-def task_runs(done: set[UUID]) -> list[Any]:
-    """The task runs that the server knows, in the order of their start, but those of before."""
+def task_runs(done: set[UUID], count: int = 0) -> list[Any]:
+    """The task runs that the server knows, in the order of their start, but those of before.
+
+    It hears of them a while after the flow's end: wait until so many of them have ended.
+    """
     from prefect.client.orchestration import get_client
 
-    with get_client(sync_client=True) as client:
-        found = client.read_task_runs()
-    fresh = [r for r in found if r.id not in done]
-    done |= {r.id for r in found}
-    return sorted(fresh, key=lambda r: r.start_time)
+    def fresh() -> list[Any] | None:
+        with get_client(sync_client=True) as client:
+            found = [r for r in client.read_task_runs() if r.id not in done]
+        ended = [r for r in found if r.state is not None and r.state.is_final()]
+        return found if len(ended) >= count else None
+
+    runs: list[Any] = wait_until(lambda: [r] if (r := fresh()) is not None else None, "runs")[0]
+    done |= {r.id for r in runs}
+    return sorted(runs, key=lambda r: r.start_time)
 
 
 def test_the_flow_gives_the_same_bits_and_shows_what_was_reused(
@@ -59,14 +66,14 @@ def test_the_flow_gives_the_same_bits_and_shows_what_was_reused(
     first = run(pair, tmp_path)
     assert [b.ref.stage for b in first.stages] == list(STAGES)
     assert {b.status for b in first.stages} == {"computed"}
-    seen = task_runs(done)
+    seen = task_runs(done, len(STAGES) + 1)
     names = [f"as-a-flow: {stage}" for stage in STAGES]
     assert sorted(r.name for r in seen) == sorted([*names, "as-a-flow: inputs"])
     assert {r.state.name for r in seen} == {"Completed"}
 
     again = run(pair, tmp_path)
     assert {b.status for b in again.stages} == {"reused"}
-    seen = task_runs(done)
+    seen = task_runs(done, len(STAGES) + 1)
     cached = {r.name: r.state.type.value for r in seen if r.state.name == "Cached"}
     assert cached == dict.fromkeys(names, "COMPLETED")
 
@@ -164,7 +171,8 @@ def test_bad_input_is_told_once_and_never_tried_again(server: None) -> None:
     state = attempt(wrong)
     assert wrong.calls == 1
     assert state.message == "rows.jsonl, line 3: no messages"
-    assert [r.state.message for r in task_runs(done)] == ["work: rows.jsonl, line 3: no messages"]
+    told = [r.state.message for r in task_runs(done, 1)]
+    assert told == ["work: rows.jsonl, line 3: no messages"]
     with pytest.raises(DataError):
         result_of(state)
 

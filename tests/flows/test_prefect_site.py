@@ -18,7 +18,6 @@ from prefect_site import Site, end_family, running, wait_until
 from artifacts.store import Store
 from flows.merge import STAGES, merge
 
-pytestmark = pytest.mark.xdist_group("site")
 Pairs = Callable[[str], TinyPair]
 
 
