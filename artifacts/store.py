@@ -53,13 +53,15 @@ class Built:
     path: Path
 
 
+def quiet(text: str) -> None:
+    """For callers that need not know that they wait."""
+
+
 class Store:
     """A folder of artifacts. Many processes may use it at once."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        # Hears when a run must wait for another; a command puts its own notice here.
-        self.waiting: Callable[[str], None] = lambda text: None
 
     def prepare(self) -> None:
         """Create the store's folder.
@@ -117,8 +119,8 @@ class Store:
         return Artifact(path, manifest)
 
     @contextmanager
-    def locked(self, ref: Ref) -> Iterator[None]:
-        """Hold the artifact's lock; `self.waiting` hears of it if another run has it.
+    def locked(self, ref: Ref, waiting: Callable[[str], None] = quiet) -> Iterator[None]:
+        """Hold the artifact's lock; `waiting` hears of it if another run has it.
 
         A kernel lock: it ends with its owner, however that died.
         """
@@ -130,7 +132,7 @@ class Store:
             except OSError as error:
                 if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
                     raise
-                self.waiting(f"Another run computes {ref.stage} {ref.key}: waiting for it.")
+                waiting(f"Another run computes {ref.stage} {ref.key}: waiting for it.")
                 fcntl.flock(stream, fcntl.LOCK_EX)
             yield
 
@@ -140,17 +142,19 @@ class Store:
         schema: Schema,
         write: Callable[[Draft], None],
         complete: Callable[[], bool] = lambda: True,
+        waiting: Callable[[str], None] = quiet,
     ) -> Built:
         """The artifact of `ref`, made by `write` unless it is there already.
 
         Two runs that want the same one: the second waits and reuses. After a kill the
         next run keeps the finished units of the draft. `complete` tells whether what
-        `write` makes outside the store is there too; if not, it is called again.
+        `write` makes outside the store is there too; if not, it is called again. `waiting`
+        hears when another run must be waited for.
         """
         start = time.monotonic()
         final = self.path(ref)
         if not (self.has(ref) and complete()):
-            with self.locked(ref):
+            with self.locked(ref, waiting):
                 if not (self.has(ref) and complete()):
                     kept = self._make(ref, schema, write)
                     status = "resumed" if kept else "computed"

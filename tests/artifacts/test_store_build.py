@@ -44,8 +44,8 @@ def write(draft):
                 time.sleep(0.01)
         write_sample_unit(draft, number)
 
-store.waiting = lambda text: (here / "waits").touch()
-built = store.build(sample_ref(), SCHEMA, write)
+waiting = lambda text: (here / "waits").touch()
+built = store.build(sample_ref(), SCHEMA, write, waiting=waiting)
 print(built.status)
 """
 
