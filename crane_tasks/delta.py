@@ -11,26 +11,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from artifacts.ref import Ref
 from artifacts.schema import Schema
-from artifacts.store import Artifact, Built, Draft, Unit
+from artifacts.store import Artifact, Draft, Unit
 from artifacts.tensors import ArrayWriter
-from crane_tasks.ahead import in_order
-from crane_tasks.check import check_pair
-from crane_tasks.context import Context
 from crane_tasks.errors import CheckpointError
+from crane_tasks.models.check import check_pair
 from crane_tasks.models.files.layout import Slot, unit_name
 from crane_tasks.models.files.pair import Pair
 from crane_tasks.models.files.safetensors_io import byte_view
 from crane_tasks.models.files.wording import listed
-from crane_tasks.spread import spread_units
+from crane_tasks.parallel import in_order, spread_units
+from crane_tasks.session import Context
+from crane_tasks.sizes import sizes_of
+from crane_tasks.stage import BASE, DONOR, Keys, Needs, Stage
 
-STAGE = "delta"
-VERSION = 2
 COLUMNS = ["delta2", "base2", "donor2", "max_abs", "numel"]
-SCHEMA = Schema(
-    arrays={r".+\.stats": ("float64",), r".+": ("uint16", "uint32", "float32")}, meta=("layer",)
-)
 # Bytes of base tensors that are worked on at a time; a few times that is in memory.
 IN_FLIGHT = 128 * 2**20
 BLOCK = 2**18  # weights whose passes stay in a core's cache
@@ -38,17 +33,7 @@ _SIGNED = {2: torch.int16, 4: torch.int32}
 _UNSIGNED = {2: torch.uint16, 4: torch.uint32}
 
 
-def delta_ref(ctx: Context) -> Ref:
-    """The key: the two checkpoints' contents and nothing else."""
-    return Ref(STAGE, VERSION, {}, {"base": ctx.base_id, "donor": ctx.donor_id})
-
-
-def build_delta(ctx: Context, ref: Ref) -> Built:
-    """Make or find the delta artifact."""
-    return ctx.store.build(ref, SCHEMA, lambda draft: write_delta(ctx, draft))
-
-
-def write_delta(ctx: Context, draft: Draft) -> None:
+def write_delta(ctx: Context, keys: Keys, draft: Draft) -> None:
     """Unit of work: a decoder layer. Reads each weight of both checkpoints once.
 
     Raises:
@@ -57,8 +42,27 @@ def write_delta(ctx: Context, draft: Draft) -> None:
     pair = ctx.pair()
     check_pair(pair)
     units = {unit_name(layer): (layer,) for layer, _ in pair.base.layers()}
-    for number, _ in enumerate(spread_units(ctx, draft, STAGE, _write_layer, units), start=1):
-        ctx.progress(STAGE, number, len(units), "layers")
+    done = spread_units(ctx, draft, DELTA.name, _write_layer, units)
+    for number, _ in enumerate(done, start=1):
+        ctx.progress(DELTA.name, number, len(units), "layers")
+
+
+def _needs(ctx: Context, keys: Keys) -> Needs:
+    sizes = sizes_of(ctx)
+    return Needs(store=sizes.total, memory=sizes.buffer, seconds=3 * sizes.reading)
+
+
+DELTA = Stage(
+    name="delta",
+    version=2,
+    schema=Schema(
+        arrays={r".+\.stats": ("float64",), r".+": ("uint16", "uint32", "float32")},
+        meta=("layer",),
+    ),
+    inputs={"base": BASE, "donor": DONOR},
+    write=write_delta,
+    needs=_needs,
+)
 
 
 def _write_layer(ctx: Context, unit: Unit, layer: int | None) -> None:
@@ -67,8 +71,8 @@ def _write_layer(ctx: Context, unit: Unit, layer: int | None) -> None:
     unit.meta["layer"] = layer
     if bad := _write_slots(unit, pair, groups[layer]):
         order = list(groups)
-        rest = [slot for later in order[order.index(layer) + 1 :] for slot in groups[later]]
-        _refuse(bad + [b for found in _differences(pair, rest) for b in found.bad])
+        rest = [slot for next_ in order[order.index(layer) + 1 :] for slot in groups[next_]]
+        _refuse(bad + [b for later in _differences(pair, rest) for b in later.bad])
 
 
 def _refuse(bad: list[str]) -> None:
@@ -94,11 +98,12 @@ def _differences(pair: Pair, slots: Iterable[Slot]) -> Iterator[_Difference]:
     def difference(item: tuple[Slot, int]) -> _Difference:
         slot, expert = item
         base, donor = pair.base.read(slot.name, expert), pair.donor_tensor(slot.name, expert)
-        found = _statistics(base, donor)
+        numbers = _statistics(base, donor)
         # Large finite weights can overflow the squares: only then every weight is looked at.
-        bad = [] if all(map(math.isfinite, found)) else _not_finite(pair, slot, expert, base, donor)
+        sound = all(map(math.isfinite, numbers))
+        bad = [] if sound else _not_finite(pair, slot, expert, base, donor)
         code = torch.empty(0) if bad else encode(base, donor)
-        return _Difference(slot, expert, code, found, bad)
+        return _Difference(slot, expert, code, numbers, bad)
 
     yield from in_order(
         difference,
@@ -121,9 +126,9 @@ def _write_slots(unit: Unit, pair: Pair, slots: Sequence[Slot]) -> list[str]:
     writers: dict[str, ArrayWriter] = {}
     statistics: dict[str, list[list[float]]] = {}
     bad: list[str] = []
-    for found in _differences(pair, slots):
-        slot, code = found.slot, found.code
-        bad += found.bad
+    for difference in _differences(pair, slots):
+        slot, code = difference.slot, difference.code
+        bad += difference.bad
         if bad:
             continue
         if slot.name not in writers:
@@ -131,8 +136,8 @@ def _write_slots(unit: Unit, pair: Pair, slots: Sequence[Slot]) -> list[str]:
             shape = (count, *code.shape) if slot.stacked else tuple(code.shape)
             writer = unit.create(slot.array_name, shape, code.dtype, stacked=slot.stacked)
             writers[slot.name] = writer
-        writers[slot.name][found.expert if slot.stacked else ...] = code
-        statistics.setdefault(slot.array_name, []).append(found.statistics)
+        writers[slot.name][difference.expert if slot.stacked else ...] = code
+        statistics.setdefault(slot.array_name, []).append(difference.statistics)
     if not bad:
         for name, rows in statistics.items():
             values = torch.tensor(rows, dtype=torch.float64)

@@ -6,38 +6,19 @@
 import torch
 from torch import Tensor
 
-from artifacts.ref import Ref
 from artifacts.schema import Schema
-from artifacts.store import Artifact, Built, Draft, Unit
-from crane_tasks.calibration import read_set
-from crane_tasks.context import Context
+from artifacts.store import Artifact, Draft, Unit
+from crane_tasks.calibration.sets import read_set
+from crane_tasks.calibration.stages import FORMAT
 from crane_tasks.errors import CraneError
 from crane_tasks.models.files.layout import Layout, Site, Slot, unit_name
 from crane_tasks.models.walk.activations import Sum, Sums, walk_activations
 from crane_tasks.models.walk.states import States
 from crane_tasks.models.walk.stream import LayerStream
 from crane_tasks.numerics.projector import Basis, basis_from_gram, gram
-
-STAGE = "projector"
-VERSION = 1
-SCHEMA = Schema(
-    arrays={r".+\.directions": ("float32",), r".+\.sigma": ("float64",), r".+\.rows": ("int64",)}
-)
-
-
-def projector_ref(ctx: Context, format_set: Ref) -> Ref:
-    """The key: the base, the format set and the recipe's `projector` section."""
-    config = {**ctx.recipe.projector.model_dump(mode="json"), "compute": ctx.compute}
-    return Ref(STAGE, VERSION, config, {"base": ctx.base_id, "format": format_set.key})
-
-
-def build_projector(ctx: Context, ref: Ref, format_set: Ref) -> Built:
-    """Make or find the projector."""
-
-    def write(draft: Draft) -> None:
-        write_projector(ctx, ctx.store.open(format_set), draft)
-
-    return ctx.store.build(ref, SCHEMA, write)
+from crane_tasks.session import Context
+from crane_tasks.sizes import sizes_of
+from crane_tasks.stage import BASE, Keys, Needs, Stage
 
 
 def sites_in_use(layout: Layout, sites: str) -> list[Site]:
@@ -45,19 +26,19 @@ def sites_in_use(layout: Layout, sites: str) -> list[Site]:
     return [site for site in layout.sites if sites == "all" or not site.extended]
 
 
-def write_projector(ctx: Context, format_set: Artifact, draft: Draft) -> None:
+def write_projector(ctx: Context, keys: Keys, draft: Draft) -> None:
     """Unit of work: a decoder layer."""
     base, settings = ctx.pair().base, ctx.recipe.projector
     stream = LayerStream(base, device=ctx.torch_device, compute=ctx.compute_dtype)
-    tokens = read_set(format_set)
+    tokens = read_set(ctx.store.open(keys[FORMAT]))
     items = list(zip(tokens.sequences, tokens.masks, strict=True))
 
     def visit(layer: int, sums: Sums) -> None:
         with draft.unit(unit_name(layer)) as unit:
             for site, by_expert in sums.items():
                 bases = {
-                    expert: _basis(found, settings.rank, settings.cutoff)
-                    for expert, found in by_expert.items()
+                    expert: _basis(rows, settings.rank, settings.cutoff)
+                    for expert, rows in by_expert.items()
                 }
                 _write_site(unit, site, bases, _experts(ctx, layer, site))
 
@@ -69,8 +50,35 @@ def write_projector(ctx: Context, format_set: Artifact, draft: Draft) -> None:
         states=States(draft.scratch, ctx.state_memory),
         done={i for i in range(base.num_layers) if draft.done(unit_name(i))},
         visit=visit,
-        on_step=lambda step: ctx.show_step(STAGE, step),
+        on_step=lambda step: ctx.show_step(PROJECTOR.name, step),
     )
+
+
+def _needs(ctx: Context, keys: Keys) -> Needs:
+    sizes = sizes_of(ctx)
+    walk = sizes.one_layer + sizes.ends
+    return Needs(
+        memory=sizes.on_host + (walk if ctx.device == "cpu" else 0),
+        device_memory=walk,
+        seconds=sizes.passes + sizes.reading,
+    )
+
+
+PROJECTOR = Stage(
+    name="projector",
+    version=1,
+    schema=Schema(
+        arrays={
+            r".+\.directions": ("float32",),
+            r".+\.sigma": ("float64",),
+            r".+\.rows": ("int64",),
+        }
+    ),
+    inputs={"base": BASE, "format": FORMAT},
+    fields=("projector.rank", "projector.cutoff", "projector.sites", "gate.compute"),
+    write=write_projector,
+    needs=_needs,
+)
 
 
 def _experts(ctx: Context, layer: int, site: str) -> int | None:
@@ -83,8 +91,8 @@ def _experts(ctx: Context, layer: int, site: str) -> int | None:
     return None
 
 
-def _basis(found: Sum, rank: int, cutoff: float) -> Basis:
-    return basis_from_gram(found.total, found.rows, rank=rank, cutoff=cutoff)
+def _basis(rows: Sum, rank: int, cutoff: float) -> Basis:
+    return basis_from_gram(rows.total, rows.rows, rank=rank, cutoff=cutoff)
 
 
 def _write_site(unit: Unit, site: str, bases: dict[int, Basis], experts: int | None) -> None:

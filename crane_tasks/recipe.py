@@ -4,13 +4,12 @@ A stage's key digests the stage's own section alone, so an unrelated edit rebuil
 `run` is part of no key.
 """
 
-import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-import yaml
 from pydantic import (
     BaseModel,
     ByteSize,
@@ -19,11 +18,8 @@ from pydantic import (
     Field,
     PrivateAttr,
     Tag,
-    ValidationError,
     field_validator,
 )
-
-from crane_tasks.errors import RecipeError
 
 FORMAT_PATTERNS = (
     "<tool_call>",
@@ -76,35 +72,40 @@ Targets = Annotated[
 ]
 
 
+WHO_CONTINUES = (
+    "who continues the rows that have no `completion`: donor, base, or "
+    "{endpoint: URL, model: NAME}, a running server"
+)
+LONGEST = "tokens of a decoded target, at most"
+ROWS = "JSONL or Parquet file, or the id of a hub dataset"
+
+
 class TargetSet(Section):
     """A set of prompts whose continuations are the targets."""
 
-    data: str = Field(description="JSONL or Parquet file, or the id of a hub dataset")
-    targets: Targets = Field(
-        description="who continues the rows that have no `completion`: donor, base, or "
-        "{endpoint: URL, model: NAME}, a running server"
-    )
-    max_new_tokens: int = Field(default=2048, gt=0)
+    data: str = Field(description=ROWS)
+    targets: Targets = Field(description=WHO_CONTINUES)
+    max_new_tokens: int = Field(default=2048, gt=0, description=LONGEST)
     max_length: int = Field(default=2048, gt=1, description="prompt and target, in tokens")
 
 
 class ReasoningSet(TargetSet):
-    targets: Targets = "donor"
-    max_new_tokens: int = Field(default=8192, gt=0)
+    targets: Targets = Field(default="donor", description=WHO_CONTINUES)
+    max_new_tokens: int = Field(default=8192, gt=0, description=LONGEST)
 
 
 class AgentSet(TargetSet):
-    targets: Targets = "base"
+    targets: Targets = Field(default="base", description=WHO_CONTINUES)
 
 
 class FormatSet(Section):
     """Complete conversations whose format tokens are protected."""
 
-    data: str
+    data: str = Field(description=ROWS)
     radius: int = Field(default=3, ge=0, description="neighbours taken on either side")
-    max_length: int = Field(default=4096, gt=0)
+    max_length: int = Field(default=4096, gt=0, description="a row's first tokens")
     patterns: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
-        default=FORMAT_PATTERNS, min_length=1
+        default=FORMAT_PATTERNS, min_length=1, description="texts whose tokens hold the format"
     )
 
 
@@ -125,12 +126,14 @@ class Gate(Section):
 
 
 class Projector(Section):
-    rank: int = Field(default=256, gt=0)
+    rank: int = Field(default=256, gt=0, description="directions per site, at most")
     cutoff: float = Field(default=1.0e-5, ge=0, lt=1, description="smallest σ/σ₁ kept")
-    sites: Literal["published", "all"] = "published"
+    sites: Literal["published", "all"] = Field(
+        default="published", description="all: the inputs of o_proj and down_proj, too"
+    )
 
 
-class Rows(Section):
+class TokenRows(Section):
     """Embedding or lm_head: not gated, moved by a plain fraction of the delta."""
 
     scale: Finite = Field(default=0.0, ge=0, description="fraction of the delta, every row")
@@ -138,24 +141,43 @@ class Rows(Section):
     keep_special: bool = Field(default=True, description="special tokens' rows stay at base")
 
 
-class LmHead(Rows):
+class LmHead(TokenRows):
     scale: Finite = Field(default=0.03, ge=0, description="fraction of the delta, every row")
 
 
+def known_methods() -> list[str]:
+    """The edits that a recipe can name: the modules of `crane_tasks/edits`."""
+    folder = resources.files("crane_tasks") / "edits"
+    names = (p.name for p in folder.iterdir())
+    return sorted(n.removesuffix(".py") for n in names if n.endswith(".py") and n[0] != "_")
+
+
 class Merge(Section):
-    router: Literal["gated", "slerp"] = "gated"
-    embedding: Rows = Field(default=Rows())
+    method: str = Field(default="crane", description="the edit: a file of crane_tasks/edits")
+    router: Literal["gated", "slerp"] = Field(
+        default="gated", description="as all weights, or by slerp with t = alpha / 3"
+    )
+    embedding: TokenRows = Field(default=TokenRows())
     lm_head: LmHead = Field(default=LmHead())
-    rounding: Literal["nearest", "stochastic"] = "nearest"
+    rounding: Literal["nearest", "stochastic"] = Field(
+        default="nearest", description="of the merged weights to the base's dtype"
+    )
     seed: int = Field(default=0, ge=0, description="of the stochastic rounding")
+
+    @field_validator("method")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        if value not in known_methods():
+            raise ValueError(f"one of {', '.join(known_methods())}")
+        return value
 
 
 class Evaluate(Section):
     reasoning: str | None = Field(default=None, description="held-out rows, as `calibration`")
-    agent: str | None = None
+    agent: str | None = Field(default=None, description="held-out rows, as `calibration`")
     generate: int = Field(default=0, ge=0, description="answer this many held-out prompts")
-    max_new_tokens: int = Field(default=2048, gt=0)
-    max_length: int = Field(default=2048, gt=1)
+    max_new_tokens: int = Field(default=2048, gt=0, description=LONGEST)
+    max_length: int = Field(default=2048, gt=1, description="prompt and target, in tokens")
 
 
 Workers = (
@@ -167,7 +189,11 @@ Workers = (
 class Run(Section):
     """How and where to run; part of no key."""
 
-    device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    device: str = Field(
+        default="auto",
+        pattern=r"^(auto|cpu|cuda(:\d+)?)$",
+        description="auto: a GPU if there is one",
+    )
     store: str | None = Field(default=None, description="folder; default ./crane-store")
     output: str | None = Field(default=None, description="folder; default ./merged/NAME-...")
     shard_size: ByteSize | None = Field(default=None, gt=0, description='bytes, or "5GB"')
@@ -177,7 +203,7 @@ class Run(Section):
         description="hidden states of a walk held in memory (half of what is free); the rest "
         "is read back from disk",
     )
-    threads: int | None = Field(default=None, gt=0)
+    threads: int | None = Field(default=None, gt=0, description="of this process; default all")
     workers: Workers | None = Field(
         default=None,
         description="as a Prefect flow: processes here that share the work, or the address of a "
@@ -188,11 +214,13 @@ class Run(Section):
 class Recipe(Section):
     """Everything that decides the merged checkpoint, and how to run."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    base: str
-    donor: str
-    alpha: float = Field(ge=0, allow_inf_nan=False)
-    tau: float = Field(default=0.03, gt=0, le=1, allow_inf_nan=False)
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="of the merge")
+    base: str = Field(description="the Instruct checkpoint: folder, or hub id[@revision]")
+    donor: str = Field(description="the Thinking checkpoint, likewise")
+    alpha: float = Field(ge=0, allow_inf_nan=False, description="strength of the edit")
+    tau: float = Field(
+        default=0.03, gt=0, le=1, allow_inf_nan=False, description="σ/σ₁ at which protection is ½"
+    )
     calibration: Calibration
     gate: Gate = Field(default=Gate())
     projector: Projector = Field(default=Projector())
@@ -221,99 +249,31 @@ class Recipe(Section):
         return path if path.is_absolute() else self._folders[0] / path
 
 
-def _set_dotted(data: dict[str, Any], assignment: str) -> None:
-    path, equals, text = assignment.partition("=")
-    if not equals or not path:
-        raise RecipeError(f"--set {assignment}: write dotted.path=VALUE")
-    try:
-        value = yaml.safe_load(text) if text else None
-    except yaml.YAMLError as error:
-        raise RecipeError(f"--set {assignment}: the value is not YAML: {error}") from error
-    _put(data, path, value, f"--set {assignment}")
+# Fields that are in no stage's key, and why that is right. A test holds the schema against this
+# and against the fields that stages declare.
+KEYLESS = {
+    "name": "names folders and reports, decides no number",
+    "run": "how and where, never what",
+    "gate.store_gradients": "kept or not, the scores are the same",
+    "calibration.reasoning.targets.endpoint": "a server that moves has the same model",
+    "calibration.agent.targets.endpoint": "a server that moves has the same model",
+}
 
 
-def _put(data: dict[str, Any], path: str, value: Any, what: str) -> None:
-    *parents, last = path.split(".")
-    for parent in parents:
-        child = data.setdefault(parent, {})
-        if not isinstance(child, dict):
-            raise RecipeError(f"{what}: {parent} is no section")
-        data = child
-    data[last] = value
+def data_sources(recipe: Recipe) -> list[str]:
+    """Every data file or dataset that the recipe names."""
+    sets, heldout = recipe.calibration, recipe.evaluate
+    named = [sets.reasoning.data, sets.agent.data, sets.format.data]
+    return named + [d for d in (heldout.reasoning, heldout.agent) if d is not None]
 
 
-def _message(error: ValidationError, what: str) -> str:
-    lines = []
-    for problem in error.errors():
-        parts = [str(part) for part in problem["loc"]]
-        # pydantic names the kind it took the targets for: no key of the recipe.
-        place = ".".join(
-            part
-            for before, part in zip(["", *parts], parts, strict=False)
-            if not (before == "targets" and part in TARGET_KINDS)
-        )
-        text = problem["msg"]
-        if problem["type"] == "extra_forbidden":
-            text = "unknown key (misspelt?)"
-        elif problem["type"] not in ("missing",) and not isinstance(problem["input"], dict):
-            text = f"{text}, not {problem['input']!r}"
-        lines.append(f"  {place or 'recipe'}: {text}")
-    return f"{what}:\n" + "\n".join(lines)
+def field_of(recipe: Recipe, path: str) -> Any:
+    """A field by its dotted path, as JSON values; a section as a mapping."""
+    value: Any = recipe
+    for name in path.split("."):
+        value = getattr(value, name)
+    return value.model_dump(mode="json") if isinstance(value, BaseModel) else _as_json(value)
 
 
-def recipe_from(data: Mapping[str, Any], folders: tuple[Path, ...], what: str) -> Recipe:
-    """Validate recipe data whose relative paths are looked for in `folders`.
-
-    Raises:
-        RecipeError: with every problem, a line each.
-    """
-    try:
-        recipe = Recipe.model_validate(dict(data))
-    except ValidationError as error:
-        raise RecipeError(_message(error, what)) from error
-    recipe._folders = folders
-    return recipe
-
-
-def changed(recipe: Recipe, changes: Mapping[str, Any], what: str) -> Recipe:
-    """The recipe with other values for some fields, given by dotted path.
-
-    Raises:
-        RecipeError: a path leads through no section, a key is unknown, a value out of range;
-            the message names `what`.
-    """
-    data = recipe.model_dump(mode="json", exclude_unset=True)
-    for path, value in changes.items():
-        _put(data, path, value, what)
-    return recipe_from(data, recipe._folders, what)
-
-
-def load_recipe(
-    path: Path,
-    *,
-    assignments: Iterable[str] = (),
-    overrides: Mapping[str, Any] | None = None,
-) -> Recipe:
-    """Read a recipe file, with changes on top.
-
-    Args:
-        path: a YAML file.
-        assignments: `dotted.path=VALUE` each, the value in YAML.
-        overrides: top-level keys that win over the file; None values are ignored.
-
-    Raises:
-        RecipeError: no such recipe, not YAML, unknown keys, values out of range.
-    """
-    try:
-        data = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: cannot be read: {error}") from error
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{path}: not YAML: {error}") from error
-    if not isinstance(data, dict):
-        raise RecipeError(f"{path}: a recipe is a mapping of keys to values")
-    for assignment in assignments:
-        _set_dotted(data, assignment)
-    data |= {k: v for k, v in (overrides or {}).items() if v is not None}
-    folders = (path.resolve().parent, Path(os.getcwd()))
-    return recipe_from(data, folders, str(path))
+def _as_json(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

@@ -7,44 +7,41 @@ import torch
 
 from artifacts.ref import Ref
 from artifacts.schema import Schema
-from artifacts.store import Artifact, Built, Draft, Unit
-from crane_tasks.ahead import in_order
-from crane_tasks.context import Context
-from crane_tasks.delta import BLOCK, IN_FLIGHT, read_delta
+from artifacts.store import Artifact, Draft, Unit
+from artifacts.tables import read_table, write_table
+from crane_tasks.delta import BLOCK, DELTA, IN_FLIGHT, read_delta
 from crane_tasks.models.files.layout import Slot, unit_name
 from crane_tasks.numerics.threshold import keep_above, median_magnitude
-from crane_tasks.spread import spread_units
-from crane_tasks.tables import read_table, write_table
+from crane_tasks.parallel import in_order, spread_units
+from crane_tasks.session import Context
+from crane_tasks.sizes import gated, sizes_of
+from crane_tasks.stage import Keys, Needs, Stage
 
-STAGE = "threshold"
-VERSION = 2
 COLUMNS = ["threshold", "kept", "numel", "norm", "delta_norm"]
-SCHEMA = Schema(arrays={"tensors": ("float64",)})
-# Moved by a plain fraction of the delta, so they have no threshold (DESIGN 1).
-PLAIN = ("embedding", "lm_head")
 
 
-def gated(slots: Iterable[Slot]) -> list[Slot]:
-    """Those that the threshold and the gate are for."""
-    return [slot for slot in slots if slot.component not in PLAIN]
-
-
-def threshold_ref(ctx: Context, delta: Ref) -> Ref:
-    """The key: the delta alone."""
-    return Ref(STAGE, VERSION, {}, {"delta": delta.key})
-
-
-def build_threshold(ctx: Context, ref: Ref, delta: Ref) -> Built:
-    """Make or find the thresholds."""
-
-    return ctx.store.build(ref, SCHEMA, lambda draft: write_threshold(ctx, delta, draft))
-
-
-def write_threshold(ctx: Context, delta: Ref, draft: Draft) -> None:
+def write_threshold(ctx: Context, keys: Keys, draft: Draft) -> None:
     """Unit of work: a decoder layer. A few tensors in memory at a time."""
+    delta = keys[DELTA]
     units = {unit_name(layer): (delta, layer) for layer, _ in ctx.pair().base.layers()}
-    for number, _ in enumerate(spread_units(ctx, draft, STAGE, _write_layer, units), start=1):
-        ctx.progress(STAGE, number, len(units), "layers")
+    done = spread_units(ctx, draft, THRESHOLD.name, _write_layer, units)
+    for number, _ in enumerate(done, start=1):
+        ctx.progress(THRESHOLD.name, number, len(units), "layers")
+
+
+def _needs(ctx: Context, keys: Keys) -> Needs:
+    sizes = sizes_of(ctx)
+    return Needs(memory=sizes.buffer, seconds=3 * sizes.reading)
+
+
+THRESHOLD = Stage(
+    name="threshold",
+    version=2,
+    schema=Schema(arrays={"tensors": ("float64",)}),
+    inputs={"delta": DELTA},
+    write=write_threshold,
+    needs=_needs,
+)
 
 
 def _write_layer(ctx: Context, unit: Unit, delta: Ref, layer: int | None) -> None:
@@ -59,15 +56,15 @@ def _rows(
 
     def row(item: tuple[Slot, int]) -> tuple[str, str, list[float]]:
         slot, expert = item
-        found = read_delta(delta, slot, base.read(slot.name, expert), expert)
-        median = float(median_magnitude(found))
+        change = read_delta(delta, slot, base.read(slot.name, expert), expert)
+        median = float(median_magnitude(change))
         kept, kept2, delta2 = 0, 0.0, 0.0
-        for block in torch.split(found.flatten(), BLOCK):
+        for block in torch.split(change.flatten(), BLOCK):
             above = keep_above(block, median)
             kept += int(above.count_nonzero())
             kept2 += float(above.square().sum())
             delta2 += float(block.square().sum())
-        values = [median, float(kept), float(found.numel()), math.sqrt(kept2), math.sqrt(delta2)]
+        values = [median, float(kept), float(change.numel()), math.sqrt(kept2), math.sqrt(delta2)]
         return slot.tensor_name(expert), slot.component, values
 
     return list(

@@ -1,4 +1,4 @@
-"""P_τ, the Graduated Sigmoidal Projection (DESIGN 1, "P_tau").
+"""P_τ, the Graduated Sigmoidal Projection (docs/method.md, "P").
 
 H = U diag(σ) Vᵀ,   w_i = sigmoid(k (σ_i / σ_1 - τ)),  k = 4.6 / τ
 P(D) = D - (D V) diag(w) Vᵀ

@@ -1,4 +1,4 @@
-"""S, the Conservative Taylor Gate (DESIGN 1, "S").
+"""S, the Conservative Taylor Gate (docs/method.md, "S").
 
 Per coordinate `s_K = -g_K δ` is the first-order gain of moving along the delta for
 calibration set K, and `p = max(0, min(s_R, s_A))` what both sets agree on. Per component c

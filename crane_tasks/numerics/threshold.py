@@ -1,4 +1,4 @@
-"""T, the median magnitude threshold (DESIGN 1, "T").
+"""T, the median magnitude threshold (docs/method.md, "T").
 
 T(δ)_i = 2 δ_i  if |δ_i| > m  else 0,   m = the k-th smallest |δ|, k = max(1, n // 2)
 """

@@ -34,7 +34,7 @@ class Slot:
     Attributes:
         name: the canonical (per-expert) checkpoint name, with `*` for the expert.
         layer: decoder layer, or None outside the layers.
-        component: the method's component (DESIGN 1, "Components").
+        component: the method's component (docs/method.md, "Components").
         site: the site that feeds its input, or None when it has none.
         borrows: the site whose basis the official script uses where `site` is not
             captured and the widths are equal (see layouts/llama.toml).

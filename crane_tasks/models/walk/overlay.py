@@ -9,10 +9,10 @@ from crane_tasks.models.files.checkpoint import Checkpoint
 from crane_tasks.models.walk.loading import Loader
 
 # The edited tensors of a slot as they would be stored, in pieces: (expert, first row, rows).
-Edit = Callable[[str], Iterable[tuple[int, int, Tensor]]]
+Overlay = Callable[[str], Iterable[tuple[int, int, Tensor]]]
 
 
-def lay_over(checkpoint: Checkpoint, edit: Edit, weights: Mapping[str, Tensor]) -> None:
+def lay_over(checkpoint: Checkpoint, edit: Overlay, weights: Mapping[str, Tensor]) -> None:
     """Overwrite weights, by the model's names for them, by what the edit makes of their slots."""
     for name, tensor in weights.items():
         first = 0

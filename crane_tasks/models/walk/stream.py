@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from crane_tasks.models.files.checkpoint import Checkpoint, Source
 from crane_tasks.models.files.memory import give_back_memory
 from crane_tasks.models.walk.loading import Loader
-from crane_tasks.models.walk.overlay import Edit, lay_over, read_again
+from crane_tasks.models.walk.overlay import Overlay, lay_over, read_again
 from crane_tasks.models.walk.skeleton import generation_config, skeleton
 from crane_tasks.models.walk.stubs import LayerCall, Stub, require_plain
 from crane_tasks.models.walk.weights import drop_weights, fits, give_weights, load_buffers
@@ -53,7 +53,7 @@ class LayerStream:
         self.resident = fits(checkpoint, device, compute) if resident is None else resident
         self._loaded: set[int] = set()
         self._ahead: deque[int] = deque()
-        self._edit: Edit | None = None
+        self._edit: Overlay | None = None
         self._loader = Loader(device, reuse=not self.resident)
         self._model = skeleton(checkpoint, compute)
         load_buffers(self._model, checkpoint, device)
@@ -196,7 +196,7 @@ class LayerStream:
         self._loaded.add(index)
 
     @contextmanager
-    def edited(self, edit: Edit) -> Iterator[None]:
+    def edited(self, edit: Overlay) -> Iterator[None]:
         """Other weights than the checkpoint's, laid over them slot by slot.
 
         What is in memory is overwritten in place, what is loaded later is overwritten as it

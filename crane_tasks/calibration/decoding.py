@@ -5,19 +5,20 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from crane_tasks.context import GENERATION, Context
-from crane_tasks.data import Rows
 from crane_tasks.errors import EndpointError
+from crane_tasks.identity import GENERATION
 from crane_tasks.models.decoding.greedy import decode_greedily, load_resident
 from crane_tasks.models.decoding.server import Answer, asked
 from crane_tasks.recipe import Endpoint, TargetSet
+from crane_tasks.rows import RowSet
+from crane_tasks.session import Context
 
 # Per batch its targets, and what else is to be noted of it.
 Decoded = Generator[dict[str, Any], None, None]
 
 
 @dataclass(frozen=True)
-class Work:
+class Decoding:
     """A target set that is being decoded.
 
     Attributes:
@@ -28,11 +29,11 @@ class Work:
     ctx: Context
     section: TargetSet
     tokenizer: Any
-    rows: Rows
+    rows: RowSet
     prompts: Sequence[list[int]]
 
 
-def decoded_batches(work: Work, batches: Sequence[Sequence[int]]) -> Decoded:
+def decoded_batches(work: Decoding, batches: Sequence[Sequence[int]]) -> Decoded:
     """The targets of each batch of rows, in order.
 
     Raises:
@@ -45,25 +46,25 @@ def decoded_batches(work: Work, batches: Sequence[Sequence[int]]) -> Decoded:
     return _by_checkpoint(work, batches)
 
 
-def _by_checkpoint(work: Work, batches: Sequence[Sequence[int]]) -> Decoded:
+def _by_checkpoint(work: Decoding, batches: Sequence[Sequence[int]]) -> Decoded:
     ctx, section, model = work.ctx, work.section, None
     for batch in batches:
         if model is None:
             folder = ctx.donor if section.targets == "donor" else ctx.base
             model = load_resident(folder, ctx.torch_device, ctx.compute_dtype)
         # No target can be longer than what max_length leaves of it.
-        room = max(section.max_length - len(work.prompts[i]) for i in batch)
-        found = decode_greedily(
+        longest = max(section.max_length - len(work.prompts[i]) for i in batch)
+        targets = decode_greedily(
             model,
             [work.prompts[i] for i in batch],
-            max_new_tokens=min(section.max_new_tokens, room),
+            max_new_tokens=min(section.max_new_tokens, longest),
             pad=work.tokenizer.pad_token_id,
             eos=work.tokenizer.eos_token_id,
         )
-        yield {"targets": found}
+        yield {"targets": targets}
 
 
-def _by_server(work: Work, server: Endpoint, batches: Sequence[Sequence[int]]) -> Decoded:
+def _by_server(work: Decoding, server: Endpoint, batches: Sequence[Sequence[int]]) -> Decoded:
     """While one batch is waited for, the server works on the next ones."""
     section, order = work.section, [i for batch in batches for i in batch]
     if not order:
@@ -85,7 +86,7 @@ def _by_server(work: Work, server: Endpoint, batches: Sequence[Sequence[int]]) -
             yield {"targets": targets, "token_exact": exact}
 
 
-def _target_of(work: Work, server: Endpoint, answer: Answer, ends: set[int]) -> list[int]:
+def _target_of(work: Decoding, server: Endpoint, answer: Answer, ends: set[int]) -> list[int]:
     """The token ids of an answer, its end token included if the model came to its end.
 
     Raises:
@@ -106,10 +107,10 @@ def _target_of(work: Work, server: Endpoint, answer: Answer, ends: set[int]) -> 
     return ids
 
 
-def _end_tokens(work: Work) -> set[int]:
+def _end_tokens(work: Decoding) -> set[int]:
     """What ends an answer: EOS, and what the generation configs of base and donor name."""
-    found = {work.tokenizer.eos_token_id}
+    ends = {work.tokenizer.eos_token_id}
     for file in (work.ctx.base / GENERATION, work.ctx.donor / GENERATION):
         named = json.loads(file.read_text()).get("eos_token_id") if file.exists() else None
-        found |= set(named if isinstance(named, list) else [named])
-    return found - {None}
+        ends |= set(named if isinstance(named, list) else [named])
+    return ends - {None}

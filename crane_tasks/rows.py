@@ -38,7 +38,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Rows:
+class RowSet:
     """The rows of one source, and the digest of their content (not of their path)."""
 
     source: str
@@ -50,7 +50,7 @@ class Rows:
 SOURCES_KEPT = 8
 
 
-def load_rows(recipe: Recipe, value: str) -> Rows:
+def load_rows(recipe: Recipe, value: str) -> RowSet:
     """All rows of a file, or of the train split of a hub dataset.
 
     An unchanged file is read once per process; a hub dataset, which `datasets` keeps on
@@ -70,17 +70,17 @@ def load_rows(recipe: Recipe, value: str) -> Rows:
 
 
 @lru_cache(maxsize=SOURCES_KEPT)
-def _rows_of_file(file: Path, value: str, size: int, mtime_ns: int) -> Rows:
+def _rows_of_file(file: Path, value: str, size: int, mtime_ns: int) -> RowSet:
     """The rows of a file as it was at a size and modification time."""
     unit = "line" if file.suffix == ".jsonl" else "row"
     return _rows(_read_file(file), value, f"{file.name} {unit}")
 
 
-def _rows(raw: Sequence[Mapping[str, Any]], value: str, place: str) -> Rows:
+def _rows(raw: Sequence[Mapping[str, Any]], value: str, place: str) -> RowSet:
     rows = tuple(_row(record, f"{place} {number}") for number, record in enumerate(raw, start=1))
     if not rows:
         raise DataError(f"{value}: holds no rows")
-    return Rows(value, rows, digest_of([row.content() for row in rows]))
+    return RowSet(value, rows, digest_of([row.content() for row in rows]))
 
 
 def _read_file(file: Path) -> list[dict[str, Any]]:
@@ -98,10 +98,10 @@ def _read_file(file: Path) -> list[dict[str, Any]]:
     # A cache of its own: the shared one would answer with an older version of the file.
     with tempfile.TemporaryDirectory() as cache:
         try:
-            found = datasets.load_dataset(
+            records = datasets.load_dataset(
                 kind, data_files=str(file), split="train", cache_dir=cache, keep_in_memory=True
             )
-            return [dict(record) for record in found]
+            return [dict(record) for record in records]
         except (datasets.exceptions.DatasetsError, ValueError, OSError, KeyError) as error:
             reason = str(error.__cause__ or error).splitlines()[0]
             raise DataError(f"{file}: cannot be read: {reason}") from error

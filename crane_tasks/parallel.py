@@ -1,12 +1,23 @@
-"""Work on many items side by side, its results in order, in bounded memory."""
+"""Independent work side by side: on threads, results in order; or units on several processes.
+
+Who makes the units is decided above the stages (`Session.spread`): this process, or a flow's
+workers. Either way the process that holds the artifact's lock is the only one that writes its
+log, so a unit exists whole or not at all.
+"""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
+
+from artifacts.draft import write_unit
+from artifacts.schema import Schema
+from artifacts.store import Draft, Unit
+from crane_tasks.session import Context
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -59,3 +70,37 @@ def _one_core_each() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def spread_units(
+    ctx: Context,
+    draft: Draft,
+    stage: str,
+    work: Callable[..., None],
+    units: Mapping[str, tuple[Any, ...]],
+) -> Iterator[str]:
+    """Write every unit that the draft lacks by `work(ctx, unit, *arguments)`.
+
+    Yields the units' names as they come to exist, in order; those that are there come first.
+    """
+    missing = [name for name in units if not draft.done(name)]
+    yield from (name for name in units if name not in missing)
+    other = ctx.elsewhere()
+    calls = [(other, draft.path, draft.schema, name, work, units[name]) for name in missing]
+    for record in ctx.session.spread(stage, _write, calls):
+        draft.adopt(record)
+        yield record["unit"]
+
+
+def _write(
+    ctx: Context,
+    draft: Path,
+    schema: Schema,
+    name: str,
+    work: Callable[..., None],
+    arguments: tuple[Any, ...],
+) -> dict[str, Any]:
+    def write(unit: Unit) -> None:
+        work(ctx, unit, *arguments)
+
+    return write_unit(draft, schema, name, write)

@@ -1,15 +1,12 @@
-"""Everything that can be checked before weights are read (DESIGN 6)."""
+"""Everything that can be checked before weights are read."""
 
-import json
-from collections.abc import Mapping
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from crane_tasks.errors import CheckpointError
 from crane_tasks.models.files.checkpoint import Checkpoint
-from crane_tasks.models.files.folder import TOKENIZER_FILES
 from crane_tasks.models.files.pair import Pair
+from crane_tasks.models.files.tokenizer import load_tokenizer, special_tokens
 from crane_tasks.models.files.wording import listed
 from crane_tasks.models.walk.skeleton import CONFIG_ERRORS, check_parameters
 
@@ -113,34 +110,3 @@ def check_vocabulary(checkpoint: Checkpoint, tokenizer: Path) -> None:
             f"{checkpoint.folder}: its embedding has {rows} rows, the tokenizer of {tokenizer} "
             f"goes up to token {largest}"
         )
-
-
-def special_tokens(tokenizer: Any) -> set[str]:
-    """Every token that the tokenizer marks as special."""
-    added: Mapping[int, Any] = tokenizer.added_tokens_decoder
-    return set(tokenizer.all_special_tokens) | {str(t) for t in added.values() if t.special}
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """The checkpoint's fast tokenizer, loaded once per process while its files stay as they are.
-
-    Raises:
-        CheckpointError: it has none, or none with offsets.
-    """
-    files = [folder / name for name in (*TOKENIZER_FILES, "config.json")]
-    stats = [(f.name, f.stat()) for f in files if f.exists()]
-    return _tokenizer(folder, tuple((n, s.st_size, s.st_mtime_ns) for n, s in stats))
-
-
-@lru_cache(maxsize=4)
-def _tokenizer(folder: Path, files: tuple[tuple[str, int, int], ...]) -> Any:
-    """The tokenizer of a folder whose files had these sizes and modification times."""
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{folder}: its tokenizer cannot be loaded: {error}") from error
-    if not tokenizer.is_fast:
-        raise CheckpointError(f"{folder}: needs a fast tokenizer (tokenizer.json) for offsets")
-    return tokenizer

@@ -1,0 +1,1 @@
+"""Calibration and held-out sets: rows, their tokens, and who continues them."""

@@ -1,0 +1,67 @@
+"""Format sets: complete conversations, and which of their tokens hold the format."""
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from artifacts.store import Draft
+from crane_tasks.calibration.rendering import render
+from crane_tasks.calibration.sets import offsets_of
+from crane_tasks.errors import DataError
+from crane_tasks.models.files.tokenizer import load_tokenizer
+from crane_tasks.recipe import FormatSet
+from crane_tasks.rows import RowSet
+from crane_tasks.session import Context
+
+
+def format_rows(
+    tokenizer: Any, section: FormatSet, rows: RowSet
+) -> tuple[list[list[int]], list[Tensor]]:
+    """Token ids and masks of the rows, each cut to its first `max_length` tokens.
+
+    Raises:
+        DataError: the template refuses a row, or no row holds any of the patterns.
+    """
+    sequences, masks = [], []
+    for row in rows.rows:
+        text = render(tokenizer, row, prompt=False)
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        mask = format_mask(text, encoded["offset_mapping"], section.patterns, section.radius)
+        sequences.append(encoded["input_ids"][: section.max_length])
+        masks.append(mask[: section.max_length])
+    if not any(bool(mask.any()) for mask in masks):
+        raise DataError(
+            f"{section.data}: no row holds any of the format patterns "
+            f"{', '.join(section.patterns)} within {section.max_length} tokens"
+        )
+    return sequences, masks
+
+
+def write_format(ctx: Context, section: FormatSet, rows: RowSet, draft: Draft) -> None:
+    """Token ids and the mask of format tokens and their neighbours."""
+    sequences, masks = format_rows(load_tokenizer(ctx.base), section, rows)
+    with draft.unit("set") as unit:
+        unit.write("token_ids", torch.tensor([i for s in sequences for i in s]))
+        unit.write("offsets", offsets_of(sequences))
+        unit.write("format_mask", torch.cat(masks))
+        unit.meta["places"] = [row.place for row in rows.rows]
+
+
+def format_mask(
+    text: str, offsets: Sequence[tuple[int, int]], patterns: Sequence[str], radius: int
+) -> Tensor:
+    """Which tokens overlap a pattern's characters, or stand within `radius` of one: bool [T]."""
+    mask = torch.zeros(len(offsets), dtype=torch.bool)
+    starts, ends = [start for start, _ in offsets], [end for _, end in offsets]
+    for pattern in patterns:
+        begin = text.find(pattern)
+        while begin >= 0:
+            first = bisect_right(ends, begin)  # the first token that ends after `begin`
+            last = bisect_left(starts, begin + len(pattern))  # behind those that start before
+            if first < last:
+                mask[max(0, first - radius) : last + radius] = True
+            begin = text.find(pattern, begin + 1)
+    return mask

@@ -1,0 +1,110 @@
+"""Recipes read from YAML, with changes by dotted path on top."""
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from crane_tasks.errors import RecipeError
+from crane_tasks.recipe import TARGET_KINDS, Recipe
+
+
+def _set_dotted(data: dict[str, Any], assignment: str) -> None:
+    path, equals, text = assignment.partition("=")
+    if not equals or not path:
+        raise RecipeError(f"--set {assignment}: write dotted.path=VALUE")
+    try:
+        value = yaml.safe_load(text) if text else None
+    except yaml.YAMLError as error:
+        raise RecipeError(f"--set {assignment}: the value is not YAML: {error}") from error
+    _put(data, path, value, f"--set {assignment}")
+
+
+def _put(data: dict[str, Any], path: str, value: Any, what: str) -> None:
+    *parents, last = path.split(".")
+    for parent in parents:
+        child = data.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise RecipeError(f"{what}: {parent} is no section")
+        data = child
+    data[last] = value
+
+
+def _message(error: ValidationError, what: str) -> str:
+    lines = []
+    for problem in error.errors():
+        parts = [str(part) for part in problem["loc"]]
+        # pydantic names the kind it took the targets for: no key of the recipe.
+        place = ".".join(
+            part
+            for before, part in zip(["", *parts], parts, strict=False)
+            if not (before == "targets" and part in TARGET_KINDS)
+        )
+        text = problem["msg"]
+        if problem["type"] == "extra_forbidden":
+            text = "unknown key (misspelt?)"
+        elif problem["type"] not in ("missing",) and not isinstance(problem["input"], dict):
+            text = f"{text}, not {problem['input']!r}"
+        lines.append(f"  {place or 'recipe'}: {text}")
+    return f"{what}:\n" + "\n".join(lines)
+
+
+def recipe_from(data: Mapping[str, Any], folders: tuple[Path, ...], what: str) -> Recipe:
+    """Validate recipe data whose relative paths are looked for in `folders`.
+
+    Raises:
+        RecipeError: with every problem, a line each.
+    """
+    try:
+        recipe = Recipe.model_validate(dict(data))
+    except ValidationError as error:
+        raise RecipeError(_message(error, what)) from error
+    recipe._folders = folders
+    return recipe
+
+
+def changed(recipe: Recipe, changes: Mapping[str, Any], what: str) -> Recipe:
+    """The recipe with other values for some fields, given by dotted path.
+
+    Raises:
+        RecipeError: a path leads through no section, a key is unknown, a value out of range;
+            the message names `what`.
+    """
+    data = recipe.model_dump(mode="json", exclude_unset=True)
+    for path, value in changes.items():
+        _put(data, path, value, what)
+    return recipe_from(data, recipe._folders, what)
+
+
+def load_recipe(
+    path: Path,
+    *,
+    assignments: Iterable[str] = (),
+    overrides: Mapping[str, Any] | None = None,
+) -> Recipe:
+    """Read a recipe file, with changes on top.
+
+    Args:
+        path: a YAML file.
+        assignments: `dotted.path=VALUE` each, the value in YAML.
+        overrides: top-level keys that win over the file; None values are ignored.
+
+    Raises:
+        RecipeError: no such recipe, not YAML, unknown keys, values out of range.
+    """
+    try:
+        data = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: cannot be read: {error}") from error
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path}: not YAML: {error}") from error
+    if not isinstance(data, dict):
+        raise RecipeError(f"{path}: a recipe is a mapping of keys to values")
+    for assignment in assignments:
+        _set_dotted(data, assignment)
+    data |= {k: v for k, v in (overrides or {}).items() if v is not None}
+    folders = (path.resolve().parent, Path(os.getcwd()))
+    return recipe_from(data, folders, str(path))

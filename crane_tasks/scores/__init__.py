@@ -1,0 +1,1 @@
+"""S, the gate: gradients, their sums, and the change of loss that they predict."""

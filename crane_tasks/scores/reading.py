@@ -1,0 +1,78 @@
+"""S(c, l), aggregated from the sums that the stage `scores` has stored."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from artifacts.store import Artifact
+from artifacts.tables import read_table
+from crane_tasks.errors import ScoreError
+from crane_tasks.models.files.layout import Layout, Slot, layer_of_unit
+from crane_tasks.numerics.scores import GainSums, NoGain, normalised, pooled
+
+
+@dataclass(frozen=True)
+class Scores:
+    """S(c, l) per layer and S(c) over all layers, with the baselines that divided them."""
+
+    per_layer: dict[int, dict[str, float]]
+    per_component: dict[str, float]
+    baseline: dict[int, str]
+
+    def of(self, slot: Slot) -> float:
+        """The factor of a slot: its layer's score, or S(c) outside the layers."""
+        return self.at(slot.layer, slot.component)
+
+    def at(self, layer: int | None, component: str) -> float:
+        """The factor of a component in a layer, or outside the layers."""
+        return (self.per_component if layer is None else self.per_layer[layer])[component]
+
+    def as_json(self) -> dict[str, Any]:
+        """The scores as JSON values."""
+        return {
+            "per_layer": {str(layer): row for layer, row in self.per_layer.items()},
+            "per_component": self.per_component,
+        }
+
+
+def layer_sums(artifact: Artifact) -> dict[int | None, dict[str, GainSums]]:
+    """The gate's sums per layer (None: outside) and component."""
+    layers: dict[int | None, dict[str, GainSums]] = {}
+    for unit in artifact.units():
+        sums: dict[str, GainSums] = {}
+        for _, component, row in read_table(artifact, unit, "tensors").rows(GainSums):
+            sums[component] = sums.get(component, GainSums()) + row
+        layers[layer_of_unit(unit)] = sums
+    return layers
+
+
+def read_scores(artifact: Artifact, layout: Layout, baseline: str) -> Scores:
+    """Aggregate and normalise (docs/method.md, "S").
+
+    `baseline` "auto" is the layout's: in every layer the first of its candidates that the
+    layer has, so that a dense layer of a sparse model is measured by its ffn.
+
+    Raises:
+        ScoreError: a layer's baseline has no positive gain.
+    """
+    sums = layer_sums(artifact)
+    candidates = layout.baseline if baseline == "auto" else (baseline,)
+
+    def chosen(parts: Mapping[str, GainSums]) -> str:
+        return next((c for c in candidates if c in parts), candidates[0])
+
+    layers = {layer: sums[layer] for layer in sorted(k for k in sums if k is not None)}
+    # The layers alone: the final norm takes S(norm), it does not enter it.
+    total = pooled(layers.values())
+    try:
+        per_layer = {
+            layer: normalised(parts, chosen(parts), f"layer {layer}")
+            for layer, parts in layers.items()
+        }
+        per_component = normalised(total, chosen(total), "all layers")
+    except NoGain as error:
+        raise ScoreError(
+            f"{error}, so the scores cannot be normalised. Add calibration prompts, or "
+            "choose another gate.baseline."
+        ) from error
+    return Scores(per_layer, per_component, {k: chosen(v) for k, v in layers.items()})
