@@ -1,148 +1,241 @@
-"""The edit of weights, from what the stages have stored (DESIGN 1).
+"""The edit as data: what is added to a tensor of the base, in three parts.
 
-    θ = θ_base + P_τ( α · S(c, l) · T(δ) )
+    θ = θ_base + P( α · S(c, l) · T(δ) )
 
-except for the router under `router: slerp`, and for embedding and lm_head, which move by a
-plain fraction of δ row by row.
+Each part is a value of its own and may be replaced or left out; a recipe names the edit
+(`merge.method`, a file of `crane_tasks/edits`). What an edit is made from follows from its
+parts: a stage that none of them needs is not computed, not planned and in no key.
 """
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from importlib import import_module
 from threading import Lock
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from artifacts.store import Artifact
-from crane_tasks.check import special_tokens
-from crane_tasks.delta import decode
-from crane_tasks.errors import CraneError, RecipeError
-from crane_tasks.models.files.checkpoint import Checkpoint
+from crane_tasks.errors import CraneError
 from crane_tasks.models.files.layout import Site, Slot
-from crane_tasks.numerics.edit import stacked_edit_sums
 from crane_tasks.numerics.projector import project, protection
-from crane_tasks.numerics.rounding import round_stochastic, seed_of
-from crane_tasks.numerics.slerp import slerp
 from crane_tasks.numerics.threshold import keep_above
-from crane_tasks.projector import basis_site, read_basis
-from crane_tasks.recipe import Recipe, Rows
-from crane_tasks.scores import Scores
-from crane_tasks.threshold import PLAIN, read_thresholds
+from crane_tasks.projector import PROJECTOR, basis_site, read_basis
+from crane_tasks.recipe import Recipe, known_methods
+from crane_tasks.scores.reading import Scores
+from crane_tasks.scores.stage import SCORES, scores_of
+from crane_tasks.session import Context
+from crane_tasks.stage import Keys, Stage
+from crane_tasks.threshold import THRESHOLD, read_thresholds
 
-# The official script's rule for the router under slerp.
-SLERP_SHARE = 1.0 / 3.0
-# Weights worked on at once: on a CPU few enough that all passes over them stay in its cache,
-# on a GPU enough to fill it. Where a CPU's blocks begin depends on the tensor's shape alone,
-# so the result does not depend on how it is stored or cut into files.
-BLOCK = {"cpu": 2**18, "cuda": 2**26}
 # Bases held at a time: those of two layers, as a window may end within one.
 KEPT_BASES = 16
 
 
-@dataclass(frozen=True)
-class Edited:
-    """Merged tensors in the stored dtype [n, rows, ...], and for each of them intended2,
-    realised2, dot and changed of `EditSums`: float64 [n, 4]."""
+class OpenThreshold(Protocol):
+    """T with its artifact open."""
 
-    stored: Tensor
-    sums: Tensor
+    def __call__(self, slot: Slot, experts: Sequence[int], delta: Tensor) -> Tensor:
+        """T(δ) of some tensors of a slot, [n, rows, ...] float32; may overwrite `delta`."""
 
 
-@dataclass
-class Editor:
-    """Computes merged tensors from artifacts and the base; may be shared by threads."""
+class OpenGate(Protocol):
+    """S with its artifact open."""
 
-    recipe: Recipe
-    base: Checkpoint
-    delta: Artifact
-    thresholds: Artifact
-    scores: Scores
-    projector: Artifact
-    row_factors: Mapping[str, Tensor]  # component -> fraction of delta per row
-    device: torch.device
-    carried: frozenset[str] = frozenset()  # stored names that are copied from the base
-    _thresholds: dict[str, dict[str, float]] = field(default_factory=dict)
-    _bases: dict[tuple[str, str], tuple[Tensor, Tensor] | None] = field(default_factory=dict)
-    _lock: Lock = field(default_factory=Lock)
+    def __call__(self, layer: int | None, component: str) -> float:
+        """The factor of a component in a layer, or (None) outside the layers."""
 
-    def untouched(self, slot: Slot, first: int, last: int) -> bool:
-        """Whether rows [first, last) stay the base's whatever the delta is."""
-        if slot.component not in PLAIN:
-            return False
-        return not bool(self.row_factors[slot.component][first:last].any())
 
-    def routed(self, slot: Slot) -> bool:
-        """Whether every expert of the slot has a projector of its own."""
-        return slot.site is not None and slot.site.side == "routed"
+class OpenProjection(Protocol):
+    """P with its artifact open."""
 
-    def edit(
-        self, slot: Slot, experts: Sequence[int], first: int, base: Tensor, code: Tensor
-    ) -> Edited:
-        """Rows from `first` on of some tensors of a slot.
+    def site(self, slot: Slot, width: int) -> Site | None:
+        """The site whose basis protects a tensor with inputs of `width`, or None."""
 
-        Args:
-            experts: which of them; [0] of a plain tensor. Several only if one projector
-                serves them all.
-            base: their rows of the base as stored, [n, rows, ...].
-            code: the same of the delta artifact.
+    def directions(self, slot: Slot, site: Site, expert: int) -> Tensor | None:
+        """V float32 [d, r] at a site of an expert (0 if it has none), on the device, or None."""
+
+    def weights(self, sigma: Tensor) -> Tensor:
+        """How much of each direction is removed: in the dtype of `sigma` [r]."""
+
+    def __call__(self, slot: Slot, expert: int, step: Tensor) -> Tensor:
+        """P(step): without what lies in protected directions of the tensors' inputs."""
+
+
+class Part(Protocol):
+    """T, S or P as a value."""
+
+    @property
+    def stage(self) -> Stage:
+        """Whose artifact it reads."""
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The recipe's fields that it reads; they enter the edit's key."""
+
+    @property
+    def words(self) -> str:
+        """How the card tells it."""
+
+
+class ThresholdPart(Part, Protocol):
+    def open(self, ctx: Context, keys: Keys) -> OpenThreshold:
+        """T of a run."""
+
+
+class GatePart(Part, Protocol):
+    def open(self, ctx: Context, keys: Keys) -> OpenGate:
+        """S of a run.
+
+        Raises:
+            ScoreError: it cannot be had from this run's gradients.
         """
-        base, code = base.to(self.device), code.to(self.device)
-        stored = torch.empty_like(base)
-        sums = torch.zeros(len(experts), 4, dtype=torch.float64, device=self.device)
-        rows = base.shape[1]
-        height = max(1, BLOCK[self.device.type] // max(1, base.numel() // max(1, rows)))
-        if self._slerped(slot):
-            height = max(1, rows)  # it needs the angle between the whole tensors
-        for begin in range(0, rows, height):
-            block = slice(begin, min(begin + height, rows))
-            mine = base[:, block]
-            weight = mine.float()
-            # What is taken away, for x - (+0) is x also where x is -0, which x + 0 is not:
-            # weights without an edit keep their bits, and no comparison has to find them.
-            taken = decode(mine, code[:, block], wide=weight).neg_()
-            taken = self._step(slot, experts, first + begin, weight, taken)
-            merged = stored[:, block]
-            self._round(slot, experts, first + begin, weight - taken, merged)
-            sums += stacked_edit_sums(weight, taken.neg_(), merged)
-        return Edited(stored, sums)
 
-    def _slerped(self, slot: Slot) -> bool:
-        return slot.component == "router" and self.recipe.merge.router == "slerp"
 
-    def _step(
-        self, slot: Slot, experts: Sequence[int], first: int, weight: Tensor, delta: Tensor
-    ) -> Tensor:
-        """The edit that belongs to a delta (of -δ: the negative edit), in float32."""
-        if slot.component in PLAIN:
-            factors = self.row_factors[slot.component][first : first + delta.shape[1]]
-            return (factors.to(self.device)[:, None] * delta).add_(0.0)  # no -0
-        if self._slerped(slot):
-            return weight - slerp(weight, weight - delta, self.recipe.alpha * SLERP_SHARE)
-        factor = self.recipe.alpha * self.scores.of(slot)
-        if factor == 0:
-            return torch.zeros_like(delta)
-        step = keep_above(delta, self._threshold(slot, experts, delta)).mul_(factor)
-        return self._projected(slot, experts[0], step)
+class ProjectionPart(Part, Protocol):
+    def open(self, ctx: Context, keys: Keys) -> OpenProjection:
+        """P of a run."""
 
-    def _threshold(self, slot: Slot, experts: Sequence[int], like: Tensor) -> Tensor | float:
+
+@dataclass(frozen=True)
+class Edit:
+    """An edit: its formula as people write it, and its parts.
+
+    Attributes:
+        title: what the card calls it.
+        formula: in ASCII, for the card.
+        cite: whose it is: a line for the card.
+    """
+
+    title: str
+    formula: str
+    cite: str
+    threshold: ThresholdPart | None = None
+    gate: GatePart | None = None
+    projection: ProjectionPart | None = None
+
+    @property
+    def parts(self) -> list[Part]:
+        """Those that it has, in the order of the formula."""
+        return [p for p in (self.threshold, self.gate, self.projection) if p is not None]
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The recipe's fields that decide it."""
+        return ("alpha", *(name for part in self.parts for name in part.fields), "merge")
+
+    @property
+    def stages(self) -> dict[str, Stage]:
+        """Those that its parts read, by role."""
+        return {part.stage.role: part.stage for part in self.parts}
+
+
+def edit_named(method: str) -> Edit:
+    """The edit of a file of `crane_tasks/edits`."""
+    edit: Edit = import_module(f"crane_tasks.edits.{method}").EDIT
+    return edit
+
+
+def edit_of(recipe: Recipe) -> Edit:
+    """The edit that a recipe names."""
+    return edit_named(recipe.merge.method)
+
+
+def edit_stages() -> dict[str, Stage]:
+    """The stages that any edit is made from, by role."""
+    return {r: s for method in known_methods() for r, s in edit_named(method).stages.items()}
+
+
+def not_of_edit(recipe: Recipe) -> Collection[str]:
+    """The roles of those that the recipe's edit does without."""
+    return edit_stages().keys() - edit_of(recipe).stages.keys()
+
+
+@dataclass(frozen=True)
+class MedianThreshold:
+    """T: the coordinates above their tensor's median magnitude, times 2."""
+
+    stage: Stage = THRESHOLD
+    fields: tuple[str, ...] = ()
+    words: str = "T keeps the larger half of each tensor's delta, doubled."
+
+    def open(self, ctx: Context, keys: Keys) -> OpenThreshold:
+        return _Medians(ctx.store.open(keys[THRESHOLD]))
+
+
+class _Medians:
+    """The medians of all tensors, read unit by unit."""
+
+    def __init__(self, artifact: Artifact) -> None:
+        self._artifact = artifact
+        self._units: dict[str, dict[str, float]] = {}
+        self._lock = Lock()
+
+    def __call__(self, slot: Slot, experts: Sequence[int], delta: Tensor) -> Tensor:
         with self._lock:
-            if slot.unit not in self._thresholds:
-                self._thresholds[slot.unit] = read_thresholds(self.thresholds, slot.unit)
-        found = [self._thresholds[slot.unit][slot.tensor_name(e)] for e in experts]
-        if len(found) == 1:
-            return found[0]
-        return like.new_tensor(found).view(-1, *[1] * (like.dim() - 1))
+            if slot.unit not in self._units:
+                self._units[slot.unit] = read_thresholds(self._artifact, slot.unit)
+        medians = [self._units[slot.unit][slot.tensor_name(e)] for e in experts]
+        if len(medians) == 1:
+            return keep_above(delta, medians[0])
+        column = delta.new_tensor(medians).view(-1, *[1] * (delta.dim() - 1))
+        return keep_above(delta, column)
 
-    def _projected(self, slot: Slot, expert: int, step: Tensor) -> Tensor:
+
+@dataclass(frozen=True)
+class TaylorGate:
+    """S: what reasoning and agent gradients agree on, per component and layer."""
+
+    stage: Stage = SCORES
+    fields: tuple[str, ...] = ("gate.baseline",)
+    words: str = (
+        "S weighs components and layers by what reasoning and agent calibration sets agree on."
+    )
+
+    def open(self, ctx: Context, keys: Keys) -> OpenGate:
+        scores: Scores = scores_of(ctx, keys)
+        return scores.at
+
+
+@dataclass(frozen=True)
+class SigmoidProjection:
+    """P_tau: removes w_i = sigmoid(4.6 / tau · (σ_i / σ_1 - tau)) of each format direction."""
+
+    stage: Stage = PROJECTOR
+    fields: tuple[str, ...] = ("tau",)
+    words: str = "P_tau removes what lies in strong format directions."
+
+    def open(self, ctx: Context, keys: Keys) -> OpenProjection:
+        return _Bases(ctx.store.open(keys[PROJECTOR]), ctx.recipe.tau, ctx.torch_device)
+
+
+class _Bases:
+    """Bases on the device, those of a layer kept for its other tensors."""
+
+    def __init__(self, artifact: Artifact, tau: float, device: torch.device) -> None:
+        self._artifact, self._tau, self._device = artifact, tau, device
+        self._known: dict[tuple[str, str], tuple[Tensor, Tensor] | None] = {}
+        self._lock = Lock()
+
+    def site(self, slot: Slot, width: int) -> Site | None:
+        return basis_site(self._artifact, slot, width)
+
+    def weights(self, sigma: Tensor) -> Tensor:
+        return protection(sigma, self._tau)
+
+    def directions(self, slot: Slot, site: Site, expert: int) -> Tensor | None:
+        basis = read_basis(self._artifact, slot, site, expert)
+        return None if basis is None else basis[0].to(self._device)
+
+    def __call__(self, slot: Slot, expert: int, step: Tensor) -> Tensor:
         with self._lock:
-            site = basis_site(self.projector, slot, step.shape[-1])
-            found = self._basis(slot, site, expert) if site else None
-        if site is None or found is None:
+            site = self.site(slot, step.shape[-1])
+            basis = self._basis(slot, site, expert) if site else None
+        if site is None or basis is None:
             return step
-        directions, weight = found
-        if self.device.type == "cuda":  # not to be freed under another stream's hands
+        directions, weight = basis
+        if self._device.type == "cuda":  # not to be freed under another stream's hands
             directions.record_stream(torch.cuda.current_stream())
             weight.record_stream(torch.cuda.current_stream())
         if directions.shape[0] != step.shape[-1]:
@@ -153,56 +246,63 @@ class Editor:
         return project(step, directions, weight)
 
     def _basis(self, slot: Slot, site: Site, expert: int) -> tuple[Tensor, Tensor] | None:
-        """V and w at a site; kept for the layer's other tensors."""
         own = expert if site.side == "routed" else 0
         key = (slot.unit, f"{site.name}.{own}")
-        if key not in self._bases:
-            found = read_basis(self.projector, slot, site, own)
-            if found is not None:
-                weight = protection(found[1], self.recipe.tau).float()
-                found = found[0].contiguous().to(self.device), weight.to(self.device)
-                if self.device.type == "cuda":
+        if key not in self._known:
+            basis = read_basis(self._artifact, slot, site, own)
+            if basis is not None:
+                weight = self.weights(basis[1]).float()
+                basis = basis[0].contiguous().to(self._device), weight.to(self._device)
+                if self._device.type == "cuda":
                     torch.cuda.current_stream().synchronize()  # other streams will read it
-            while len(self._bases) > KEPT_BASES:
-                self._bases.pop(next(iter(self._bases)))
-            self._bases[key] = found
-        return self._bases[key]
-
-    def _round(
-        self, slot: Slot, experts: Sequence[int], first: int, value: Tensor, into: Tensor
-    ) -> None:
-        merge = self.recipe.merge
-        if merge.rounding != "stochastic" or into.dtype != torch.bfloat16:
-            into.copy_(value)
-            return
-        # A stored head that is tied to the embedding is rounded as that is.
-        tied = slot.name == "lm_head.weight" and slot.component == "embedding"
-        offset = first * math.prod(value.shape[2:])
-        for expert, mine, place in zip(experts, value, into, strict=True):
-            name = "model.embed_tokens.weight" if tied else slot.tensor_name(expert)
-            place.copy_(round_stochastic(mine, seed=seed_of(merge.seed, name), offset=offset))
+            while len(self._known) > KEPT_BASES:
+                self._known.pop(next(iter(self._known)))
+            self._known[key] = basis
+        return self._known[key]
 
 
-def row_factors(rows: Rows, count: int, tokenizer: Any, where: str) -> Tensor:
-    """The fraction of the delta that each of `count` rows moves by: float32 [count].
+@dataclass(frozen=True)
+class OpenEdit:
+    """A recipe's edit with its artifacts open; may be shared by threads.
 
-    `scale` everywhere, 0 at special tokens if they are kept, and the rows named by token on
-    top of both.
+    A part that the edit leaves out is None: the whole delta, the factor 1, nothing removed.
+    """
+
+    alpha: float
+    threshold: OpenThreshold | None
+    gate: OpenGate | None
+    projection: OpenProjection | None
+
+    def factor(self, layer: int | None, component: str) -> float:
+        """α · S(c, l)."""
+        return self.alpha * (1.0 if self.gate is None else self.gate(layer, component))
+
+    def kept(self, slot: Slot, experts: Sequence[int], delta: Tensor) -> Tensor:
+        """T(δ); may overwrite `delta`."""
+        return delta if self.threshold is None else self.threshold(slot, experts, delta)
+
+    def step(self, slot: Slot, experts: Sequence[int], delta: Tensor) -> Tensor:
+        """P(α S T(δ)) of some tensors of a slot, [n, rows, ...] float32; may overwrite `delta`.
+
+        Linear in the sign: of -δ it is the negative edit. Several experts only if one basis
+        serves them all.
+        """
+        factor = self.factor(slot.layer, slot.component)
+        if factor == 0:
+            return torch.zeros_like(delta)
+        step = self.kept(slot, experts, delta).mul_(factor)
+        return step if self.projection is None else self.projection(slot, experts[0], step)
+
+
+def open_edit(ctx: Context, keys: Keys) -> OpenEdit:
+    """The recipe's edit over the stages' artifacts.
 
     Raises:
-        RecipeError: `rows` names a token that is not in the vocabulary.
+        ScoreError: the baseline has no positive gain in some layer.
     """
-    factors = torch.full((count,), float(rows.scale))
-    vocabulary = tokenizer.get_vocab()
-    if rows.keep_special:
-        for token in special_tokens(tokenizer):
-            factors[vocabulary[token]] = 0.0
-    unknown = [token for token in rows.rows if token not in vocabulary]
-    if unknown:
-        raise RecipeError(
-            f"{where}.rows: no single token in the base's vocabulary: "
-            f"{', '.join(map(repr, unknown))}"
-        )
-    for token, fraction in rows.rows.items():
-        factors[vocabulary[token]] = fraction
-    return factors
+    edit = edit_of(ctx.recipe)
+    opened: list[Any] = [
+        None if part is None else part.open(ctx, keys)
+        for part in (edit.threshold, edit.gate, edit.projection)
+    ]
+    return OpenEdit(ctx.recipe.alpha, *opened)

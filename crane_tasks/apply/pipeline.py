@@ -17,13 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from artifacts.tensors import Chunk
-from crane_tasks.ahead import in_order
-from crane_tasks.edit import Editor
+from crane_tasks.apply.editor import Editor
+from crane_tasks.apply.windows import ALIGN, Part, Window, windows_of
 from crane_tasks.errors import RecipeError
-from crane_tasks.models.files.layout import Slot
 from crane_tasks.models.files.memory import aligned, keep_small_blocks
-from crane_tasks.models.files.safetensors_io import Entry, Span, byte_view, read_span
+from crane_tasks.models.files.safetensors_io import byte_view, read_span
+from crane_tasks.parallel import in_order
 
 # Bytes of a window. On a CPU small: many are in flight. On a GPU large enough that its
 # transfers and products run at full speed.
@@ -32,48 +31,6 @@ WINDOW = {"cpu": 8 * 2**20, "cuda": 64 * 2**20}
 IN_FLIGHT = {"cpu": 128 * 2**20, "cuda": 1024 * 2**20}
 # A GPU is fed by few threads: more of them wait for each other's turn in Python.
 GPU_THREADS = 3
-ALIGN = 16  # bytes, for every delta in a window's buffer
-_OWN = threading.local()
-
-
-@dataclass(frozen=True)
-class Part:
-    """Consecutive bytes of a file: rows [first, last) of one tensor, or bytes to be copied.
-
-    Attributes:
-        span: where the base has them.
-        slot: None if they are copied.
-        chunk: where their delta is; None if they stay the base's.
-        shape: of the rows, [last - first, ...].
-    """
-
-    span: Span
-    slot: Slot | None = None
-    expert: int = 0
-    first: int = 0
-    shape: tuple[int, ...] = ()
-    dtype: torch.dtype = torch.uint8
-    chunk: Chunk | None = None
-    code: torch.dtype = torch.uint8
-
-    @property
-    def tensor_name(self) -> str:
-        return self.slot.tensor_name(self.expert) if self.slot else ""
-
-
-@dataclass(frozen=True)
-class Window:
-    """Parts that are read, merged and handed over together."""
-
-    parts: tuple[Part, ...]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(part.span.count for part in self.parts)
-
-    @property
-    def code_bytes(self) -> int:
-        return sum(aligned(part.chunk.nbytes, ALIGN) for part in self.parts if part.chunk)
 
 
 @dataclass
@@ -95,54 +52,6 @@ class MergedWindow:
             at += part.span.count
 
 
-def parts_of(editor: Editor, slot: Slot, expert: int) -> Iterator[Part]:
-    """The parts of one canonical tensor: one per chunk of its delta, in order."""
-    piece = editor.base.pieces[slot.name][expert]
-    index = expert if slot.stacked else None
-    span = piece.span
-    rows, *rest = piece.shape or (1,)
-    row = span.count // max(1, rows)
-    code = editor.delta.dtype(slot.unit, slot.array_name)
-    for chunk in editor.delta.row_chunks(slot.unit, slot.array_name, index):
-        untouched = editor.untouched(slot, chunk.first, chunk.last)
-        yield Part(
-            Span(span.file, span.start + chunk.first * row, (chunk.last - chunk.first) * row),
-            slot,
-            expert,
-            chunk.first,
-            (chunk.last - chunk.first, *rest),
-            piece.dtype,
-            None if untouched else chunk,
-            code,
-        )
-
-
-def parts_of_entry(editor: Editor, entry: Entry) -> Iterator[Part]:
-    """The parts of a stored tensor, in the order of its bytes; carried ones are copied."""
-    if entry.name in editor.carried:
-        step = WINDOW["cpu"]
-        for start in range(entry.start, entry.end, step):
-            count = min(step, entry.end - start)
-            yield Part(Span(entry.file, start, count), shape=(count,))
-        return
-    for slot_name, expert in editor.base.stored_parts(entry):
-        yield from parts_of(editor, editor.base.slots[slot_name], expert)
-
-
-def windows_of(parts: Iterable[Part], limit: int) -> Iterator[Window]:
-    """The parts in order, in windows of at most `limit` bytes; a larger part is one alone."""
-    held: list[Part] = []
-    size = 0
-    for part in parts:
-        if held and size + part.span.count > limit:
-            yield Window(tuple(held))
-            held, size = [], 0
-        held.append(part)
-        size += part.span.count
-    if held:
-        yield Window(tuple(held))
-
-
 class Pipeline:
     """Threads' buffers through which windows go; made once for a whole checkpoint."""
 
@@ -160,6 +69,7 @@ class Pipeline:
         self._window = window or WINDOW[self._device.type]
         self._threads = threads or (GPU_THREADS if cuda else torch.get_num_threads())
         self._buffers = self._fresh_buffers()
+        self._own = threading.local()
         keep_small_blocks()
 
     def _fresh_buffers(self) -> "SimpleQueue[_Buffers]":
@@ -197,7 +107,7 @@ class Pipeline:
         buffers = self._buffers.get()
         weights, codes = buffers.sized(window, self._window)
         places = _read(window, weights, codes)
-        with _stream(self._device):
+        with self._stream():
             sums = self._merged(window, weights, codes, places)
         return MergedWindow(window, weights, sums), buffers
 
@@ -205,37 +115,50 @@ class Pipeline:
         self, window: Window, weights: Tensor, codes: Tensor, places: "list[tuple[int, int]]"
     ) -> list[list[float]]:
         """Merge a window in place; returns each part's sums."""
-        there = weights.to(self._device, non_blocking=True)
-        other = codes.to(self._device, non_blocking=True)
+        merged = weights.to(self._device, non_blocking=True)
+        delta = codes.to(self._device, non_blocking=True)
         order: list[int] = []
-        found: list[Tensor] = []
+        parts_sums: list[Tensor] = []
         for group in self._groups(window):
             parts = [window.parts[i] for i in group]
             rows = (parts[0].shape or (1,))[0]
             shape = (rows, *parts[0].shape[1:])
-            base = [typed(there, places[i][0], shape, parts[0].dtype) for i in group]
-            code = [typed(other, places[i][1], shape, parts[0].code) for i in group]
+            base = [typed(merged, places[i][0], shape, parts[0].dtype) for i in group]
+            code = [typed(delta, places[i][1], shape, parts[0].code) for i in group]
             slot = parts[0].slot
             assert slot is not None, "only edited parts are grouped"
-            edited = self._editor.edit(
+            edited = self._editor.merged(
                 slot, [p.expert for p in parts], parts[0].first, _stacked(base), _stacked(code)
             )
             for i, stored in zip(group, edited.stored, strict=True):
                 at, count = places[i][0], window.parts[i].span.count
-                there[at : at + count] = stored.contiguous().flatten().view(torch.uint8)
-            found.append(edited.sums)
+                merged[at : at + count] = stored.contiguous().flatten().view(torch.uint8)
+            parts_sums.append(edited.sums)
             order += group
         if self._device.type == "cuda":
-            weights.copy_(there, non_blocking=True)
+            weights.copy_(merged, non_blocking=True)
         sums = [[0.0] * 4 for _ in window.parts]
         # Reading the sums waits for the device, and so for the copy before them.
-        for i, row in zip(order, torch.cat(found).tolist() if found else [], strict=True):
+        rows_of_sums = torch.cat(parts_sums).tolist() if parts_sums else []
+        for i, row in zip(order, rows_of_sums, strict=True):
             sums[i] = row
         if self._device.type == "cuda":
             torch.cuda.current_stream().synchronize()
         for part, row in zip(window.parts, sums, strict=True):
             self._require_finite(part, row)
         return sums
+
+    @contextmanager
+    def _stream(self) -> Iterator[None]:
+        """A stream of this thread's own, so that one window's copies pass another's products."""
+        if self._device.type != "cuda":
+            yield
+            return
+        if not hasattr(self._own, "stream"):
+            make: Any = torch.cuda.Stream  # its types are missing
+            self._own.stream = make(self._device)
+        with torch.cuda.stream(self._own.stream):
+            yield
 
     def _groups(self, window: Window) -> list[list[int]]:
         """Parts that are merged together: on a GPU the experts that one projector serves."""
@@ -307,16 +230,3 @@ def typed(data: Tensor, at: int, shape: tuple[int, ...], dtype: torch.dtype) -> 
 
 def _stacked(tensors: list[Tensor]) -> Tensor:
     return tensors[0][None] if len(tensors) == 1 else torch.stack(tensors)
-
-
-@contextmanager
-def _stream(device: torch.device) -> Iterator[None]:
-    """A stream of this thread's own, so that one window's copies pass another's products."""
-    if device.type != "cuda":
-        yield
-        return
-    if not hasattr(_OWN, "stream"):
-        make: Any = torch.cuda.Stream  # its types are missing
-        _OWN.stream = make(device)
-    with torch.cuda.stream(_OWN.stream):
-        yield

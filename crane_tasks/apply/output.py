@@ -81,20 +81,20 @@ def copy_side_files(base: Path, folder: Path) -> list[str]:
 def provenance(folder: Path) -> dict[str, Any] | None:
     """What a finished merge says of itself, or None if the folder is none."""
     try:
-        found = json.loads((folder / PROVENANCE).read_text())
+        record = json.loads((folder / PROVENANCE).read_text())
     except (OSError, ValueError):
         return None
     fields = {"apply", "files", "side_files"}
-    return found if isinstance(found, dict) and fields <= found.keys() else None
+    return record if isinstance(record, dict) and fields <= record.keys() else None
 
 
 def holds(folder: Path, key: str, plan: list[Shard]) -> bool:
     """Whether the folder is the whole merge of this key, in these shards."""
-    found = provenance(folder)
-    if found is None or found["apply"] != key:
+    merge = provenance(folder)
+    if merge is None or merge["apply"] != key:
         return False
-    files: dict[str, Any] = found["files"]
-    sizes = {name: record["size"] for name, record in files.items()} | found["side_files"]
+    files: dict[str, Any] = merge["files"]
+    sizes = {name: record["size"] for name, record in files.items()} | merge["side_files"]
     return files.keys() == {s.file for s in plan} and all(
         (folder / name).is_file() and (folder / name).stat().st_size == size
         for name, size in sizes.items()
@@ -130,12 +130,12 @@ def check_output(folder: Path, inputs: Mapping[str, Path], *, key: str, force: b
         return
     if not any(folder.iterdir()):
         return
-    found = provenance(folder)
-    if found is None:
+    merge = provenance(folder)
+    if merge is None:
         raise OutputError(
             f"{folder}: exists and holds something that is no merge. Choose another --output."
         )
-    if found["apply"] != key and not force:
+    if merge["apply"] != key and not force:
         raise OutputError(
             f"{folder}: exists and holds another merge. Choose another --output or give "
             "--force to replace it."

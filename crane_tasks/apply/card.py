@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from crane_tasks.edit import Edit
 from crane_tasks.recipe import Recipe
 
 CITATION = """@misc{zhu2026crane,
@@ -33,10 +34,11 @@ ROWS = {
 
 
 @dataclass(frozen=True)
-class Facts:
+class CardFacts:
     """What a card is made from."""
 
     recipe: Recipe
+    edit: Edit
     base: str
     donor: str
     base_folder: Path
@@ -45,19 +47,19 @@ class Facts:
     transformers: str
 
 
-def _front_matter(facts: Facts) -> str:
+def _front_matter(facts: CardFacts) -> str:
     base_card = facts.base_folder / "README.md"
     license_name = "other"
     if base_card.is_file():
         _, _, rest = base_card.read_text(errors="replace").partition("---\n")
         head, _, _ = rest.partition("\n---")
         try:
-            found = yaml.safe_load(head)
+            matter = yaml.safe_load(head)
         except yaml.YAMLError:
-            found = None
-        if isinstance(found, dict) and isinstance(found.get("license"), str):
-            license_name = found["license"]
-    matter = {
+            matter = None
+        if isinstance(matter, dict) and isinstance(matter.get("license"), str):
+            license_name = matter["license"]
+    front = {
         "license": license_name,
         "base_model": [facts.base, facts.donor],
         "base_model_relation": "merge",
@@ -65,38 +67,31 @@ def _front_matter(facts: Facts) -> str:
         "pipeline_tag": "text-generation",
         "tags": ["merge", "crane", "tool-use", "reasoning"],
     }
-    return f"---\n{yaml.safe_dump(matter, sort_keys=False)}---\n"
+    return f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n"
 
 
-def published_name(recipe: Recipe, value: str) -> str:
-    """A hub id as it is; of a folder only its last name, which says nothing of a machine."""
-    folder = recipe.locate(value)
-    return folder.name if folder is not None else value.partition("@")[0]
+def _told(recipe: Recipe, edit: Edit) -> str:
+    """What the formula's letters are, as far as the edit has them."""
+    numbers = [f"alpha = {recipe.alpha:g}"]
+    if "tau" in edit.fields:
+        numbers.append(f"tau = {recipe.tau:g}")
+    return "\n".join([f"with {' and '.join(numbers)}.", *(part.words for part in edit.parts)])
 
 
-def model_card(facts: Facts) -> str:
-    """The card: front matter, how it was made, recipe, architecture, usage, citation."""
-    recipe = facts.recipe
-    base, donor = facts.base, facts.donor
-    rows = {title: facts.config[key] for key, title in ROWS.items() if facts.config.get(key)}
-    table = "\n".join(f"| {title} | {value} |" for title, value in rows.items())
-    shown = recipe.published() | {"base": base, "donor": donor}
-    return f"""{_front_matter(facts)}
-# {recipe.name}
+CARD = """{front}
+# {name}
 
-{base} with reasoning taken over from {donor} by CRANE: a merge of the weights, without
-training, that keeps the format of tool calls and chat markers.
+{base} with reasoning taken over from {donor} by {title} ({cite}): a merge of the
+weights, without training.
 
 ## How it was made
 
-    theta = theta_base + P_tau( alpha * S(component, layer) * T(donor - base) )
+    {formula}
 
-with alpha = {recipe.alpha:g} and tau = {recipe.tau:g}. T keeps the larger half of each
-tensor's delta, S weighs components and layers by what reasoning and agent calibration
-sets agree on, and P_tau removes what lies in strong format directions.
+{told}
 
 ```yaml
-{yaml.safe_dump(shown, sort_keys=False).rstrip()}
+{recipe}
 ```
 
 The full recipe is in `crane_recipe.yaml`, digests of all inputs are in `crane.json`.
@@ -106,10 +101,10 @@ The full recipe is in `crane_recipe.yaml`, digests of all inputs are in `crane.j
 | | |
 | --- | --- |
 {table}
-| Parameters | {facts.parameters:,} |
+| Parameters | {parameters:,} |
 
 Tensor names, dtypes, config and tokenizer are those of the base. Written with transformers
-{facts.transformers}.
+{transformers}.
 
 ## Usage
 
@@ -129,6 +124,28 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=512)[0]))
 ## Citation
 
 ```bibtex
-{CITATION}
+{citation}
 ```
 """
+
+
+def model_card(facts: CardFacts) -> str:
+    """The card: front matter, how it was made, recipe, architecture, usage, citation."""
+    recipe, edit = facts.recipe, facts.edit
+    rows = {title: facts.config[key] for key, title in ROWS.items() if facts.config.get(key)}
+    shown = recipe.published() | {"base": facts.base, "donor": facts.donor}
+    return CARD.format(
+        front=_front_matter(facts),
+        name=recipe.name,
+        base=facts.base,
+        donor=facts.donor,
+        title=edit.title,
+        cite=edit.cite,
+        formula=edit.formula,
+        told=_told(recipe, edit),
+        recipe=yaml.safe_dump(shown, sort_keys=False).rstrip(),
+        table="\n".join(f"| {title} | {value} |" for title, value in rows.items()),
+        parameters=facts.parameters,
+        transformers=facts.transformers,
+        citation=CITATION,
+    )

@@ -1,0 +1,76 @@
+"""Everything beside the weights in the output folder: index, side files, card, provenance."""
+
+import json
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from artifacts.store import write_atomically
+from crane_tasks.apply.card import CardFacts, model_card
+from crane_tasks.apply.output import PROVENANCE, RECIPE_COPY, Shard, copy_side_files, write_index
+from crane_tasks.edit import edit_of
+from crane_tasks.identity import published_name
+from crane_tasks.models.files.folder import CARD
+from crane_tasks.session import Context
+from crane_tasks.stage import Keys
+
+
+def fill_folder(
+    ctx: Context,
+    keys: Keys,
+    key: str,
+    plan: list[Shard],
+    folder: Path,
+    files: Mapping[str, Any],
+) -> None:
+    """Complete a draft of the output that holds the weights of a plan.
+
+    Args:
+        key: of the merge.
+        files: size and digest of each weight file.
+    """
+    base = ctx.pair().base
+    wanted = {s.file for s in plan}
+    for stale in folder.glob("*.safetensors*"):
+        if stale.name not in wanted:
+            stale.unlink()
+    write_index(base, plan, folder)
+    side_files = copy_side_files(ctx.base, folder)
+    recipe = ctx.recipe.model_dump(mode="json", exclude={"run"})
+    (folder / RECIPE_COPY).write_text(yaml.safe_dump(recipe, sort_keys=False))
+    (folder / CARD).write_text(model_card(_facts(ctx)))
+    edit = edit_of(ctx.recipe)
+    made_from = ["delta", *(part.stage.role for part in edit.parts)]
+    record = {
+        "apply": key,
+        "stages": {role: keys.refs[role].key for role in made_from},
+        "base": {"name": ctx.recipe.base, "identity": ctx.base_id},
+        "donor": {"name": ctx.recipe.donor, "identity": ctx.donor_id},
+        "recipe": recipe,
+        "versions": _versions(),
+        "files": files,
+        "side_files": {name: (folder / name).stat().st_size for name in side_files},
+    }
+    write_atomically(folder / PROVENANCE, json.dumps(record, indent=2) + "\n")
+
+
+def _versions() -> dict[str, str]:
+    return {n: metadata.version(n) for n in ("crane-merge", "torch", "transformers")}
+
+
+def _facts(ctx: Context) -> CardFacts:
+    base = ctx.pair().base
+    return CardFacts(
+        recipe=ctx.recipe,
+        edit=edit_of(ctx.recipe),
+        base=published_name(ctx.recipe, ctx.recipe.base),
+        donor=published_name(ctx.recipe, ctx.recipe.donor),
+        base_folder=ctx.base,
+        config=base.config,
+        parameters=sum(torch.Size(e.shape).numel() for e in base.entries.values()),
+        transformers=metadata.version("transformers"),
+    )

@@ -1,0 +1,242 @@
+"""Stage `apply`: the merged checkpoint, written shard by shard.
+
+The artifact holds what the output is (files and digests) and what became of the edit; the
+weights themselves lie in the output folder.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import astuple, fields
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from artifacts.memo import DigestMemo
+from artifacts.ref import digest_of
+from artifacts.schema import Schema
+from artifacts.store import Artifact, Draft, Unit
+from artifacts.tables import read_table, write_table
+from crane_tasks.apply.editor import Editor, make_editor
+from crane_tasks.apply.folder import fill_folder
+from crane_tasks.apply.forecast import FORECAST
+from crane_tasks.apply.output import Shard, check_output, held, holds, publish, shard_plan
+from crane_tasks.apply.pipeline import Pipeline
+from crane_tasks.apply.rows import check_rows
+from crane_tasks.apply.windows import parts_of_entry
+from crane_tasks.delta import DELTA, read_statistics
+from crane_tasks.edit import edit_named, edit_of, edit_stages, not_of_edit
+from crane_tasks.models.files.safetensors_io import ShardWriter
+from crane_tasks.numerics.edit import EditSums
+from crane_tasks.parallel import spread_units
+from crane_tasks.recipe import field_of, known_methods
+from crane_tasks.session import Context
+from crane_tasks.sizes import sizes_of
+from crane_tasks.stage import BASE, SIDE_FILES, TOKENIZER, Keys, Needs, Stage
+
+COLUMNS = [f.name for f in fields(EditSums)]
+
+
+def edit_config(ctx: Context) -> Mapping[str, Any]:
+    """What an edit's parts read of the recipe, and its `merge` section."""
+    recipe = ctx.settled
+    config = {path.split(".")[-1]: field_of(recipe, path) for path in edit_of(recipe).fields}
+    # Keys of the paper's method are older than the field that names a method.
+    method = config["merge"].pop("method")
+    return config if method == "crane" else config | {"method": method}
+
+
+def check_destination(ctx: Context, keys: Keys) -> bool:
+    """Whether the output is there already; refuse one that must not be overwritten.
+
+    Raises:
+        OutputError: the folder is an input, or holds something else.
+    """
+    check_output(ctx.output, ctx.inputs, key=keys[APPLY].key, force=ctx.session.force)
+    return _complete(ctx, keys)
+
+
+def _complete(ctx: Context, keys: Keys) -> bool:
+    """The record alone is not enough: the output may be elsewhere, moved or deleted."""
+    return holds(ctx.output, keys[APPLY].key, _plan(ctx))
+
+
+def _plan(ctx: Context) -> list[Shard]:
+    return shard_plan(ctx.pair().base, ctx.recipe.run.shard_size)
+
+
+def _check(ctx: Context, keys: Keys) -> None:
+    if not ctx.store.has(keys[APPLY]):
+        check_rows(ctx)
+
+
+def write_apply(ctx: Context, keys: Keys, draft: Draft) -> None:
+    """Unit of work: an output shard. The folder appears when all of it is written."""
+    check_destination(ctx, keys)
+    base, key, plan = ctx.pair().base, keys[APPLY].key, _plan(ctx)
+    units = shard_units(plan)
+    folder = ctx.output.with_name(f".{ctx.output.name}.draft-{key}")
+    # A kill may have come when the output was there and the store did not know it yet.
+    published = all(draft.done(name) for name in units) and holds(ctx.output, key, plan)
+    if not published:
+        folder.mkdir(parents=True, exist_ok=True)
+        draft.belongs(folder)
+        _write_shards(ctx, keys, units, folder, draft)
+    written = [draft.units[name]["meta"] for name in units]
+    files = {m["file"]: {"size": m["size"], "digest": m["digest"]} for m in written}
+    draft.meta |= {"files": files, "carried": base.carried, "units": list(units)}
+    if not published:
+        fill_folder(ctx, keys, key, plan, folder, files)
+        _publish(ctx, keys, folder, files)
+
+
+def _publish(ctx: Context, keys: Keys, folder: Path, files: Mapping[str, Any]) -> None:
+    # Of the files that were written: what lies in the output may be another's at once.
+    stats = {file: (folder / file).stat() for file in files}
+    with held(ctx.output):
+        # Another merge may have taken the place in the meantime.
+        check_destination(ctx, keys)
+        publish(folder, ctx.output)
+    memo = DigestMemo(ctx.store.root)
+    for file, record in files.items():
+        memo.remember(ctx.output / file, stats[file], record["digest"])
+
+
+def _write_shards(
+    ctx: Context, keys: Keys, units: dict[str, Shard], folder: Path, draft: Draft
+) -> None:
+    """Every shard that an earlier attempt has not left in the folder."""
+    for name, shard in units.items():
+        if not (folder / shard.file).exists():
+            draft.forget(name)
+    sizes = {name: sum(e.nbytes for e in shard.entries) for name, shard in units.items()}
+    total, written = sum(sizes.values()), 0
+    before = dict(zip(sizes, accumulate(sizes.values(), initial=0), strict=False))
+    calls = {n: (keys, shard, folder, before[n], total) for n, shard in units.items()}
+    try:
+        for name in spread_units(ctx, draft, APPLY.name, _write_shard, calls):
+            written += sizes[name]
+            _show(ctx, written, total)
+    finally:
+        ctx.session.kept.let_go("editor")
+
+
+def _show(ctx: Context, written: int, total: int) -> None:
+    ctx.progress(APPLY.name, written >> 20, total >> 20, "MB")
+
+
+def shard_units(plan: list[Shard]) -> dict[str, Shard]:
+    """The unit of each shard. Its name tells the plan: a run that was killed may have had
+    another `run.shard_size`, and its shards must not be taken for these."""
+    mark = digest_of([[s.file, [e.name for e in s.entries]] for s in plan])[:8]
+    return {f"shard.{mark}.{number}": shard for number, shard in enumerate(plan)}
+
+
+def ready_editor(ctx: Context, keys: Keys) -> tuple[Editor, Pipeline]:
+    """The editor and its pipeline, made once for all shards that this process writes."""
+
+    def make() -> tuple[Editor, Pipeline]:
+        editor = make_editor(ctx, keys)
+        return editor, Pipeline(editor)
+
+    key = (keys[APPLY].key, str(ctx.store.root), ctx.device)
+    return ctx.session.kept.one("editor", key, make)
+
+
+def _write_shard(
+    ctx: Context, unit: Unit, keys: Keys, shard: Shard, folder: Path, before: int, total: int
+) -> None:
+    """Write one file front to back; the unit holds its size, digest and the edit's sums."""
+    try:
+        _write_file(ctx, unit, keys, shard, folder, before, total)
+    except BaseException:
+        # What an editor holds open may be what was damaged, and will be made anew.
+        ctx.session.kept.let_go("editor")
+        raise
+
+
+def _write_file(
+    ctx: Context, unit: Unit, keys: Keys, shard: Shard, folder: Path, before: int, total: int
+) -> None:
+    editor, pipeline = ready_editor(ctx, keys)
+    target = folder / shard.file
+    part = target.with_name(target.name + ".part")
+    announced = [(e.name, e.dtype, e.shape) for e in shard.entries]
+    sums: dict[tuple[str, int], list[float]] = {}
+    parts = (p for entry in shard.entries for p in parts_of_entry(editor, entry))
+    with ShardWriter(part, announced, shard.metadata) as writer:
+        for merged in pipeline.run(parts):
+            writer.write(merged.data)
+            for piece, row in zip(merged.window.parts, merged.sums, strict=True):
+                if piece.slot is not None:
+                    key = piece.slot.name, piece.expert
+                    sums[key] = [a + b for a, b in zip(sums.get(key, [0.0] * 4), row, strict=True)]
+            _show(ctx, before + writer.size, total)
+        digest = writer.close()
+    part.replace(target)
+    write_table(unit, "tensors", COLUMNS, _rows(editor, sums))
+    unit.meta |= {"file": shard.file, "size": writer.size, "digest": digest}
+
+
+def _needs(ctx: Context, keys: Keys) -> Needs:
+    sizes = sizes_of(ctx)
+    written = 0 if _complete(ctx, keys) and ctx.store.has(keys[APPLY]) else sizes.total
+    return Needs(
+        output=written,
+        memory=sizes.buffer,
+        device_memory=sizes.buffer,
+        seconds=4 * sizes.reading,
+    )
+
+
+APPLY = Stage(
+    name="apply",
+    version=2,
+    schema=Schema(arrays={"tensors": ("float64",)}, meta=("file", "size", "digest")),
+    inputs={
+        "base": BASE,
+        "tokenizer": TOKENIZER,
+        "side_files": SIDE_FILES,
+        "delta": DELTA,
+        **edit_stages(),
+    },
+    # Of every edit; one that has no gate or no projection does not read what theirs is.
+    fields=tuple(sorted({field for m in known_methods() for field in edit_named(m).fields})),
+    config=edit_config,
+    without=not_of_edit,
+    companions=(FORECAST,),
+    check=_check,
+    complete=_complete,
+    write=write_apply,
+    needs=_needs,
+)
+
+
+def _rows(
+    editor: Editor, sums: Mapping[tuple[str, int], list[float]]
+) -> list[tuple[str, str, tuple[float, ...]]]:
+    """A row of `EditSums` per tensor; what is known of delta and base is read, not summed."""
+    names = {name for name, _ in sums}
+    known = {n: read_statistics(editor.delta, editor.base.slots[n]) for n in names}
+    rows = []
+    for (name, expert), (intended2, realised2, dot, changed) in sums.items():
+        slot, given = editor.base.slots[name], known[name][expert]
+        whole = EditSums(
+            intended2=intended2,
+            realised2=realised2,
+            dot=dot,
+            delta2=given["delta2"],
+            base2=given["base2"],
+            changed=changed,
+            numel=given["numel"],
+        )
+        rows.append((slot.tensor_name(expert), slot.component, astuple(whole)))
+    return rows
+
+
+def read_edit(artifact: Artifact) -> dict[str, EditSums]:
+    """What became of the edit: per component its sums, over all shards."""
+    components: dict[str, EditSums] = defaultdict(EditSums)
+    for unit in artifact.meta["units"]:
+        for _, component, sums in read_table(artifact, unit, "tensors").rows(EditSums):
+            components[component] = components[component] + sums
+    return dict(components)

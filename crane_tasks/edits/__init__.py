@@ -1,0 +1,1 @@
+"""The edits that a recipe can name by `merge.method`, one file each."""
