@@ -11,14 +11,14 @@ from typing import Any
 import yaml
 
 from artifacts.store import write_atomically
-from crane_tasks.choice import Choice, Metrics, Point, Requirement
+from crane_tasks.apply.output import check_place
 from crane_tasks.errors import OutputError
-from crane_tasks.evaluate import METRICS
-from crane_tasks.finite import finite
-from crane_tasks.output import check_place
-from crane_tasks.pictures import trade_off
+from crane_tasks.evaluate.choice import Choice, Metrics, Point, Requirement
+from crane_tasks.evaluate.metrics import BY_NAME, METRICS
 from crane_tasks.recipe import Recipe
-from crane_tasks.report import TITLES, page, shown, table
+from crane_tasks.report.finite import finite
+from crane_tasks.report.page import page, table
+from crane_tasks.report.pictures import trade_off
 
 STEM = "sweep"
 PICTURE = f"{STEM}.png"
@@ -26,7 +26,7 @@ FILES = (f"{STEM}.json", f"{STEM}.csv", f"{STEM}.md", f"{STEM}.html", PICTURE)
 
 
 @dataclass(frozen=True)
-class Facts:
+class SweepReport:
     """Everything the report tells.
 
     Attributes:
@@ -68,10 +68,10 @@ def check_sweep_folder(folder: Path, inputs: Mapping[str, Path]) -> None:
 
 def _is_report(folder: Path) -> bool:
     try:
-        found = json.loads((folder / FILES[0]).read_text())
+        record = json.loads((folder / FILES[0]).read_text())
     except (OSError, ValueError):
         return False
-    return isinstance(found, dict) and {"points", "pareto", "best"} <= found.keys()
+    return isinstance(record, dict) and {"points", "pareto", "best"} <= record.keys()
 
 
 def point_rows(
@@ -81,19 +81,19 @@ def point_rows(
 
     The first column marks the front with a dot and the best point with a star.
     """
-    found = [*models.values(), *(p.metrics for p in points)]
-    metrics = [m for m in TITLES if any(m in one for one in found)]
+    measured = [*models.values(), *(p.metrics for p in points)]
+    metrics = [m for m in METRICS if any(m.name in one for one in measured)]
     paths = _paths(points)
 
     def cells(one: Metrics) -> list[str]:
-        return [shown(m, one.get(m)) for m in metrics]
+        return [m.shown(one.get(m.name)) for m in metrics]
 
     rows = [["", name, "", *("" for _ in paths), *cells(one)] for name, one in models.items()]
     for place, point in enumerate(points):
         mark = "★" if place == choice.best else "●" if place in choice.front else ""
         values = [_text(point.changes.get(path)) for path in paths]
         rows.append([mark, f"{point.alpha:g}", f"{point.tau:g}", *values, *cells(point.metrics)])
-    return ["", "alpha", "tau", *paths, *(TITLES[m] for m in metrics)], rows
+    return ["", "alpha", "tau", *paths, *(m.title for m in metrics)], rows
 
 
 def _paths(points: Sequence[Point]) -> list[str]:
@@ -110,9 +110,9 @@ def sweep_csv(points: Sequence[Point], choice: Choice) -> str:
     paths, out = _paths(points), io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     own = ["pareto", "meets", "best", "status", "seconds", "key"]
-    writer.writerow(["alpha", "tau", *paths, *METRICS, *own])
+    writer.writerow(["alpha", "tau", *paths, *BY_NAME, *own])
     for place, p in enumerate(points):
-        measured = [finite(p.metrics.get(m)) for m in METRICS]
+        measured = [finite(p.metrics.get(name)) for name in BY_NAME]
         flags = [place in choice.front, choice.meets[place], place == choice.best]
         values = [_text(p.changes.get(path)) for path in paths]
         last = [*(str(f).lower() for f in flags), p.status, round(p.seconds, 3), p.key]
@@ -120,50 +120,50 @@ def sweep_csv(points: Sequence[Point], choice: Choice) -> str:
     return out.getvalue()
 
 
-def sweep_markdown(facts: Facts, picture: str | None) -> str:
+def sweep_markdown(report: SweepReport, picture: str | None) -> str:
     """The report's text; `picture` is the file of the picture, if there is one."""
-    points, choice = facts.points, facts.choice
-    head, rows = point_rows(points, choice, facts.models)
+    points, choice = report.points, report.choice
+    head, rows = point_rows(points, choice, report.models)
     failed = [p for p in points if p.error is not None]
-    written = facts.record.get("written")
-    recipe = facts.recipe.published()
+    written = report.record.get("written")
+    recipe = report.recipe.published()
     parts = [
-        f"# {facts.recipe.name}: sweep of {facts.planned} points",
-        f"{len(points)} of {facts.planned} points so far: the sweep is under way, or the same "
-        "command goes on." if len(points) < facts.planned else "",
+        f"# {report.recipe.name}: sweep of {report.planned} points",
+        f"{len(points)} of {report.planned} points so far: the sweep is under way, or the same "
+        "command goes on." if len(points) < report.planned else "",
         table(head, rows),
         "● Pareto front: no other point is better in one of "
-        f"{' and '.join(TITLES[a] for a in choice.axes)} and as good in the other. ★ best."
+        f"{' and '.join(BY_NAME[a].title for a in choice.axes)} and as good in the other. ★ best."
         if len(choice.axes) > 1 else "",
-        f"Required: {', '.join(f'`{r}`' for r in facts.requirements)}."
-        if facts.requirements else "",
+        f"Required: {', '.join(f'`{r}`' for r in report.requirements)}."
+        if report.requirements else "",
         f"Best: **{points[choice.best]}**, the lowest reasoning loss of the points that may be "
-        "chosen." if choice.best is not None else facts.problem or "",
+        "chosen." if choice.best is not None else report.problem or "",
         f"Written: `{Path(written).name}`" if written else "",
         *(f"**Failed: {p}.** {p.error}" for p in failed),
-        f"![Reasoning loss against {TITLES[choice.axes[-1]]}]({picture})" if picture else "",
+        f"![Reasoning loss against {BY_NAME[choice.axes[-1]].title}]({picture})" if picture else "",
         "## Recipe",
         f"```yaml\n{yaml.safe_dump(recipe, sort_keys=False)}```",
     ]  # fmt: skip
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def write_sweep_report(facts: Facts, folder: Path) -> Path:
+def write_sweep_report(report: SweepReport, folder: Path) -> Path:
     """Write all FILES, each whole or not at all; returns the path of the HTML page."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / FILES[0], json.dumps(finite(facts.record), indent=2) + "\n")
-    write_atomically(folder / FILES[1], sweep_csv(facts.points, facts.choice))
+    write_atomically(folder / FILES[0], json.dumps(finite(report.record), indent=2) + "\n")
+    write_atomically(folder / FILES[1], sweep_csv(report.points, report.choice))
     pictures: dict[str, bytes] = {}
-    if len(facts.choice.axes) > 1 and facts.choice.front:
+    if len(report.choice.axes) > 1 and report.choice.front:
         pictures[PICTURE] = trade_off(
-            facts.points, facts.choice, facts.requirements, facts.models, TITLES
+            report.points, report.choice, report.requirements, report.models
         )
         part = folder / f".{PICTURE}.part"
         part.write_bytes(pictures[PICTURE])
         part.replace(folder / PICTURE)
     else:
         (folder / PICTURE).unlink(missing_ok=True)  # of an earlier sweep
-    text = sweep_markdown(facts, PICTURE if pictures else None)
+    text = sweep_markdown(report, PICTURE if pictures else None)
     write_atomically(folder / FILES[2], text)
-    write_atomically(folder / FILES[3], page(f"{facts.recipe.name}: sweep", text, pictures))
+    write_atomically(folder / FILES[3], page(f"{report.recipe.name}: sweep", text, pictures))
     return folder / FILES[3]

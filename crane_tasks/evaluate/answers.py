@@ -6,35 +6,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 CALL = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
-Answers = Sequence[Sequence[int]]  # token ids of one answer each
 
 
-def call_metrics(tokenizer: Any, answers: Answers, targets: Answers) -> dict[str, float]:
-    """The rates of well-formed calls, and of those that are the target's very calls."""
-    calls = [tool_calls(answer_text(tokenizer, a)) for a in answers]
-    wanted = [tool_calls(answer_text(tokenizer, t)) for t in targets]
-    return {
-        "tool_calls": rate(c is not None for c in calls),
-        "exact_tool_calls": rate(
-            c is not None and c == w for c, w in zip(calls, wanted, strict=True)
-        ),
-    }
-
-
-def answer_metrics(tokenizer: Any, answers: Answers, targets: Answers) -> dict[str, float]:
-    """How often the final answer is the target's, and the mean answer length in tokens."""
-    pairs = [
-        (final_answer(answer_text(tokenizer, a)), final_answer(answer_text(tokenizer, t)))
-        for a, t in zip(answers, targets, strict=True)
-    ]
-    lengths = [len(without_end(tokenizer, a)) for a in answers]
-    return {
-        "right_answers": rate(found == wanted for found, wanted in pairs),
-        "answer_tokens": sum(lengths) / max(1, len(lengths)),
-    }
-
-
-def rate(hits: Iterable[bool]) -> float:
+def share(hits: Iterable[bool]) -> float:
     """The share that is true; 0 of nothing."""
     outcomes = list(hits)
     return sum(outcomes) / max(1, len(outcomes))

@@ -7,16 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from crane_tasks.context import point_name
 from crane_tasks.errors import RecipeError
-from crane_tasks.evaluate import METRICS
+from crane_tasks.evaluate.metrics import BY_NAME, GUARDS, OBJECTIVE, metric_named
+from crane_tasks.places import point_name
 
 OPERATORS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
 REQUIREMENT = re.compile(r"\s*(\w+)\s*(>=|<=|>|<)\s*(\S+)\s*")
-OBJECTIVE = "reasoning_loss"
-# What is traded against the objective: the first of these that was measured, and its sign
-# where more is better.
-COUNTERPARTS = {"tool_calls": 1, "agent_loss": -1, "format_divergence": -1}
 Metrics = Mapping[str, float]
 
 
@@ -59,11 +55,7 @@ def read_requirement(text: str) -> Requirement:
         raise RecipeError(
             f"--require {text}: write METRIC>=NUMBER, with one of {' '.join(OPERATORS)}"
         )
-    if match[1] not in METRICS:
-        raise RecipeError(
-            f"--require {text}: there is no metric '{match[1]}'; there are {', '.join(METRICS)}"
-        )
-    return Requirement(match[1], match[2], bound)
+    return Requirement(metric_named(match[1], f"--require {text}").name, match[2], bound)
 
 
 @dataclass(frozen=True)
@@ -120,15 +112,17 @@ def choose(points: Sequence[Point], requirements: Sequence[Requirement]) -> Choi
     front = _front([_goodness(p.metrics, axes) for p in points]) if axes else []
     front.sort(key=lambda i: -points[i].metrics[axes[0]])
     meets = [p.error is None and all(r.met(p.metrics) for r in requirements) for p in points]
-    order = [i for i, p in enumerate(points) if meets[i] and math.isfinite(_value(p, OBJECTIVE))]
+    order = [
+        i for i, p in enumerate(points) if meets[i] and math.isfinite(_value(p, OBJECTIVE.name))
+    ]
     return Choice(axes, front, meets, min(order, key=lambda i: _rank(points[i]), default=None))
 
 
 def axes_of(points: Sequence[Point]) -> tuple[str, ...]:
     """The metrics that a front is made of: those that any point has."""
     measured = {name for p in points for name in p.metrics}
-    others = [name for name in COUNTERPARTS if name in measured][:1]
-    return tuple(name for name in (OBJECTIVE, *others) if name in measured)
+    others = [m.name for m in GUARDS if m.name in measured][:1]
+    return tuple(name for name in (OBJECTIVE.name, *others) if name in measured)
 
 
 def _value(point: Point, metric: str) -> float:
@@ -136,13 +130,13 @@ def _value(point: Point, metric: str) -> float:
 
 
 def _rank(point: Point) -> tuple[float, float, float]:
-    calls = _value(point, "tool_calls")
-    return _value(point, OBJECTIVE), -calls if calls == calls else 0.0, point.alpha
+    guard = GUARDS[0].sign * _value(point, GUARDS[0].name)
+    return _value(point, OBJECTIVE.name), -guard if guard == guard else 0.0, point.alpha
 
 
 def _goodness(metrics: Metrics, axes: Sequence[str]) -> tuple[float, ...]:
     """The point's place, more being better on every axis; NaN where nothing was measured."""
-    return tuple(COUNTERPARTS.get(name, -1) * metrics.get(name, math.nan) for name in axes)
+    return tuple(BY_NAME[name].sign * metrics.get(name, math.nan) for name in axes)
 
 
 def _front(places: Sequence[tuple[float, ...]]) -> list[int]:

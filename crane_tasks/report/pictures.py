@@ -10,11 +10,12 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from artifacts.store import Artifact
-from crane_tasks.choice import Choice, Metrics, Point, Requirement
+from crane_tasks.evaluate.choice import Choice, Metrics, Point, Requirement
+from crane_tasks.evaluate.metrics import BY_NAME, SHARE, Metric
 from crane_tasks.models.files.layout import layer_of_unit
 from crane_tasks.numerics.edit import EditSums
 from crane_tasks.numerics.projector import STEEPNESS
-from crane_tasks.scores import Scores
+from crane_tasks.scores.reading import Scores
 
 DPI = 110
 # A picture with a line per layer of a 48-layer model would be a blur: this many are shown.
@@ -23,7 +24,7 @@ LINES = 8
 NAMED = 12
 # Losses that differ by so much would lie on one another on a linear axis.
 MANIFOLD = 10
-RATES = ("tool_calls",)  # shown in percent
+PERCENT = 100.0  # shares are shown in percent
 
 
 def _png(figure: Figure) -> bytes:
@@ -71,10 +72,10 @@ def score_map(scores: Scores) -> bytes:
 
 def _spectra(projector: Artifact) -> dict[str, dict[int, np.ndarray]]:
     """σ / σ₁ per site and layer; for an expert site, the expert with the most rows."""
-    found: dict[str, dict[int, np.ndarray]] = {}
+    spectra: dict[str, dict[int, np.ndarray]] = {}
     for unit in projector.units():
         layer = layer_of_unit(unit)
-        assert layer is not None, "no site is outside the layers"
+        assert layer is not None, "sites lie in layers"
         for array in projector.arrays(unit):
             site, _, kind = array.rpartition(".")
             if kind != "sigma":
@@ -84,8 +85,8 @@ def _spectra(projector: Artifact) -> dict[str, dict[int, np.ndarray]]:
                 sigma = sigma[int(projector.read(unit, f"{site}.rows").argmax())]
             sigma = sigma[sigma > 0]
             if sigma.size:
-                found.setdefault(site, {})[layer] = sigma / sigma[0]
-    return found
+                spectra.setdefault(site, {})[layer] = sigma / sigma[0]
+    return spectra
 
 
 def spectrum(projector: Artifact, tau: float) -> bytes:
@@ -152,14 +153,17 @@ def edit_bars(edit: dict[str, EditSums]) -> bytes:
 
 
 def draw_all(
-    scores: Scores, edit: dict[str, EditSums], projector: Artifact, tau: float
+    scores: Scores | None, edit: dict[str, EditSums], projector: Artifact | None, tau: float
 ) -> dict[str, tuple[str, bytes]]:
-    """All pictures: file stem -> (title, PNG)."""
-    return {
-        "scores": ("S per component and layer", score_map(scores)),
-        "spectrum": ("Singular spectrum and protection per site", spectrum(projector, tau)),
-        "edit": ("Edit size and survival per component", edit_bars(edit)),
-    }
+    """The pictures of what the edit has: file stem -> (title, PNG)."""
+    drawn = {}
+    if scores is not None:
+        drawn["scores"] = ("S per component and layer", score_map(scores))
+    if projector is not None:
+        title = "Singular spectrum and protection per site"
+        drawn["spectrum"] = (title, spectrum(projector, tau))
+    drawn["edit"] = ("Edit size and survival per component", edit_bars(edit))
+    return drawn
 
 
 def trade_off(
@@ -167,7 +171,6 @@ def trade_off(
     choice: Choice,
     requirements: Sequence[Requirement],
     models: Mapping[str, Metrics],
-    titles: Mapping[str, str],
 ) -> bytes:
     """The points of a sweep by the two metrics of its front, which is drawn as a line.
 
@@ -178,8 +181,7 @@ def trade_off(
     axes = figure.subplots()
 
     def place(metrics: Metrics) -> tuple[float, float]:
-        scale = 100.0 if other in RATES else 1.0
-        return scale * metrics.get(other, np.nan), metrics.get(objective, np.nan)
+        return _scale(other) * metrics.get(other, np.nan), metrics.get(objective, np.nan)
 
     spots = np.array([place(p.metrics) for p in points], dtype=float)
     alphas = [p.alpha for p in points]
@@ -202,14 +204,22 @@ def trade_off(
         axes.set_yscale("log")
     axes.margins(0.16, 0.08)
     _name_points(axes, points, choice, spots)
-    axes.set(xlabel=f"{titles[other]}{' (%)' if other in RATES else ''}",
-             ylabel=titles[objective])  # fmt: skip
     if len(set(alphas)) > 1:
         figure.colorbar(dots, ax=axes, label="alpha")
+    _name_axes(axes, points, BY_NAME[other], BY_NAME[objective])
+    return _png(figure)
+
+
+def _name_axes(axes: Any, points: Sequence[Point], across: Metric, up: Metric) -> None:
+    percent = " (%)" if across.unit == SHARE else ""
+    axes.set(xlabel=f"{across.title}{percent}", ylabel=up.title)
     axes.legend(fontsize=8)
     named = " / ".join(["alpha", "tau", *points[0].changes])
-    axes.set_title(f"{titles[objective]} against {titles[other]}; labels: {named}", fontsize=10)
-    return _png(figure)
+    axes.set_title(f"{up.title} against {across.title}; labels: {named}", fontsize=10)
+
+
+def _scale(metric: str) -> float:
+    return PERCENT if BY_NAME[metric].unit == SHARE else 1.0
 
 
 def _bound_line(axes: Any, bound: Requirement, metrics: Sequence[str]) -> None:
@@ -218,7 +228,7 @@ def _bound_line(axes: Any, bound: Requirement, metrics: Sequence[str]) -> None:
     if bound.metric == objective:
         axes.axhline(bound.bound, **style)
     elif bound.metric == other:
-        axes.axvline(bound.bound * (100.0 if other in RATES else 1.0), **style)
+        axes.axvline(_scale(other) * bound.bound, **style)
 
 
 def _name_points(axes: Any, points: Sequence[Point], choice: Choice, spots: np.ndarray) -> None:

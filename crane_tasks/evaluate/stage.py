@@ -1,0 +1,221 @@
+"""Stage `evaluate`: what base, donor and merge do on held-out rows, side by side."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from artifacts.memo import DigestMemo
+from artifacts.ref import digest_of
+from artifacts.schema import Schema
+from artifacts.store import Artifact, Built, Draft
+from crane_tasks.apply.stage import APPLY
+from crane_tasks.calibration.sets import read_set
+from crane_tasks.evaluate.answers import answer_text, without_end
+from crane_tasks.evaluate.measure import (
+    FIELDS,
+    HELDOUT,
+    NAME,
+    SETS,
+    heldout_sets,
+    mean_loss,
+    measure_config,
+    measure_ref,
+    measured,
+    measured_sets,
+    read_answers,
+    unmeasured,
+)
+from crane_tasks.evaluate.metrics import METRICS, Answers, Measured, metrics_of, table_identity
+from crane_tasks.evaluate.models import Model, base_and_donor, written_merge
+from crane_tasks.identity import behaviour_identity
+from crane_tasks.models.files.tokenizer import load_tokenizer
+from crane_tasks.session import Context
+from crane_tasks.sizes import sizes_of
+from crane_tasks.stage import BASE, DONOR, TOKENIZER, Keys, Needs, Stage
+
+POSITION_BLOCK = 64
+
+
+def write_evaluate(ctx: Context, keys: Keys, draft: Draft) -> None:
+    """Compare base, donor and the merge that lies in the output folder.
+
+    Raises:
+        CheckpointError: the folder does not hold what `apply` wrote, or not any more.
+    """
+    merged = written_merge(ctx, ctx.store.open(keys[APPLY]))
+    write_comparison(ctx, keys, {"merged": merged}, draft)
+
+
+def write_comparison(ctx: Context, keys: Keys, others: Mapping[str, Model], draft: Draft) -> None:
+    """Measure base, donor and others; their metrics as an array [model, metric] (NaN: not
+    measured) and as metadata."""
+    build_heldout(ctx, keys)
+    result = compare(ctx, keys, {**base_and_donor(ctx), **others})
+    models: dict[str, dict[str, float]] = result["models"]
+    names = [m.name for m in METRICS]
+    rows = [[values.get(name, float("nan")) for name in names] for values in models.values()]
+    with draft.unit("comparison") as unit:
+        attributes = {"models": list(models), "metrics": names}
+        unit.write("metrics", torch.tensor(rows, dtype=torch.float64), attributes=attributes)
+        unit.meta |= result
+
+
+def build_heldout(ctx: Context, keys: Keys) -> None:
+    """Make the held-out sets; the calibration sets are there already."""
+    for stage in HELDOUT.values():
+        if stage in keys:
+            stage.build(ctx, keys)
+
+
+def _needs(ctx: Context, keys: Keys) -> Needs:
+    sizes = sizes_of(ctx)
+    walk = sizes.one_layer + sizes.ends
+    return Needs(
+        memory=sizes.on_host + (walk if ctx.device == "cpu" else 0),
+        device_memory=walk,
+        seconds=3 * sizes.passes + 3 * sizes.reading,
+    )
+
+
+EVALUATE = Stage(
+    name=NAME,
+    version=2,
+    schema=Schema(arrays={"metrics": ("float64",)}),
+    inputs={"apply": APPLY, "base": BASE, "donor": DONOR, "tokenizer": TOKENIZER, **SETS},
+    fields=FIELDS,
+    config=lambda ctx: {**measure_config(ctx), "metrics": table_identity()},
+    without=unmeasured,
+    write=write_evaluate,
+    needs=_needs,
+)
+
+
+def compare(ctx: Context, keys: Keys, models: Mapping[str, Model]) -> dict[str, Any]:
+    """Measure every model and put the metrics side by side; "base" must be among them."""
+    _measure_elsewhere(ctx, keys, models)
+    opened: dict[str, Artifact] = {}
+    for number, (name, model) in enumerate(models.items()):
+        opened[name] = measured(ctx, keys, model)
+        ctx.progress(NAME, number + 1, len(models), "models")
+    divergences = _divergences(ctx, models, opened)
+    recipe, sets = ctx.recipe, measured_sets(ctx, keys)
+    targets = {n: read_set(ctx.store.open(r)).targets() for n, r in heldout_sets(ctx, keys).items()}
+    tokenizer = load_tokenizer(ctx.base)
+    known = {
+        name: Measured(
+            {n: mean_loss(artifact, n) for n in targets},
+            {
+                n: _answers(tokenizer, read_answers(artifact, n), wanted)
+                for n, wanted in targets.items()
+                if recipe.evaluate.generate
+            },
+            divergences[name],
+        )
+        for name, artifact in opened.items()
+    }
+    return {
+        "models": {name: metrics_of(one, recipe) for name, one in known.items()},
+        "losses": {name: {s: mean_loss(a, s) for s in sets} for name, a in opened.items()},
+        "rows": {name: len(wanted) for name, wanted in targets.items()},
+        "generated": recipe.evaluate.generate,
+    }
+
+
+def _measure_elsewhere(ctx: Context, keys: Keys, models: Mapping[str, Model]) -> None:
+    """Have several workers measure the checkpoints, where there are such workers."""
+    if not ctx.spreads:
+        return
+    calls = [
+        (ctx.elsewhere(), keys, model)
+        for model in models.values()
+        if model.edit is None and not ctx.store.has(measure_ref(ctx, keys, model))
+    ]
+    for _ in ctx.session.spread(NAME, _measure, calls):
+        pass
+
+
+def _measure(ctx: Context, keys: Keys, model: Model) -> None:
+    measured(ctx, keys, model)
+
+
+def _answers(tokenizer: Any, answers: list[list[int]], targets: list[list[int]]) -> Answers:
+    return Answers(
+        [answer_text(tokenizer, ids) for ids in answers],
+        [answer_text(tokenizer, ids) for ids in targets[: len(answers)]],
+        [len(without_end(tokenizer, ids)) for ids in answers],
+    )
+
+
+@torch.no_grad()
+def _divergences(
+    ctx: Context, models: Mapping[str, Model], opened: Mapping[str, Artifact]
+) -> dict[str, float]:
+    """Mean KL(base ‖ model) of the next token where the agent targets have format tokens."""
+    unknown = dict.fromkeys(models, float("nan"))
+    if not opened["base"].has("agent", "format_states"):
+        return unknown
+    states = {name: artifact.read("agent", "format_states") for name, artifact in opened.items()}
+    count = states["base"].shape[0]
+    if not count:
+        return unknown
+    reference = _log_probabilities(ctx, models["base"], states["base"])
+    for name, model in models.items():
+        others = _log_probabilities(ctx, model, states[name])
+        total = 0.0
+        for base, other in zip(reference, others, strict=True):
+            total += float((base.exp() * (base - other)).sum(dtype=torch.float64))
+        # Rounding can leave the KL of equal distributions a hair below zero.
+        unknown[name] = max(0.0, total / count)
+    return unknown
+
+
+def _log_probabilities(ctx: Context, model: Model, states: Tensor) -> list[Tensor]:
+    """Log-probabilities of the next token from last-layer states [n, d], in blocks."""
+    blocks = []
+    memo = DigestMemo(ctx.store.root)
+    with model.proven(memo), model.stream(ctx) as stream, stream.head():
+        for block in torch.split(states, POSITION_BLOCK):
+            hidden = block[None].to(device=ctx.torch_device, dtype=ctx.compute_dtype)
+            positions = torch.arange(block.shape[0], device=ctx.torch_device)
+            blocks.append(stream.logits(hidden, positions).float().log_softmax(-1).cpu())
+    return blocks
+
+
+def read_comparison(artifact: Artifact) -> dict[str, Any]:
+    """The result of a comparison as JSON values."""
+    return artifact.unit_meta("comparison")
+
+
+def gate_check(result: Mapping[str, Any], predicted: Mapping[str, float]) -> dict[str, Any]:
+    """First-order predicted and realised change of loss on the calibration sets."""
+    losses = result["losses"]
+    realised = {
+        name: losses["merged"][f"calibration_{name}"] - losses["base"][f"calibration_{name}"]
+        for name in predicted
+    }
+    # Not stored, not known: JSON has no NaN.
+    known = {k: v if v == v else None for k, v in predicted.items()}
+    return {"predicted": known, "realised": realised}
+
+
+def build_checkpoint_comparison(
+    ctx: Context, keys: Keys, checkpoint: Path
+) -> tuple[Built, dict[str, Any]]:
+    """Compare any checkpoint of the base's architecture with base and donor.
+
+    Raises:
+        CheckpointError: it was written to meanwhile.
+    """
+    identity = behaviour_identity(checkpoint, DigestMemo(ctx.store.root))
+    ref = EVALUATE.ref(ctx, keys, apply=digest_of({"checkpoint": identity}))
+    model = Model(identity, checkpoint, identity)
+    assert EVALUATE.schema is not None
+
+    def write(draft: Draft) -> None:
+        write_comparison(ctx, keys, {"checkpoint": model}, draft)
+
+    built = ctx.store.build(ref, EVALUATE.schema, write, waiting=ctx.notice)
+    return built, read_comparison(ctx.store.open(ref))

@@ -1,0 +1,137 @@
+"""The report of a merge: what it did, as Markdown and as one HTML page with pictures."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from artifacts.store import Artifact
+from crane_tasks.edit import edit_of
+from crane_tasks.numerics.edit import EditSums
+from crane_tasks.report.page import page, table
+from crane_tasks.report.pictures import draw_all
+from crane_tasks.report.tables import (
+    delta_table,
+    edit_table,
+    evaluation_table,
+    gain_table,
+    prediction_table,
+)
+from crane_tasks.scores.reading import Scores
+from crane_tasks.session import Context
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """Everything the report tells.
+
+    Attributes:
+        scores, gains, projector, threshold: None where the edit has no such part.
+        carried: tensors that are copied from the base.
+        retokenised: sets whose targets a server gave as text alone.
+    """
+
+    ctx: Context
+    stages: list[dict[str, Any]]
+    scores: Scores | None
+    edit: dict[str, EditSums]
+    evaluation: dict[str, Any]
+    delta: Artifact
+    threshold: Artifact | None
+    gains: Artifact | None
+    projector: Artifact | None
+    carried: list[str]
+    retokenised: list[str]
+
+
+def markdown(report: MergeReport, pictures: dict[str, str]) -> str:
+    """The report's text; `pictures` gives each picture's file by its title."""
+    recipe, edit = report.ctx.recipe, edit_of(report.ctx.recipe)
+    stages = [
+        [s["name"], s["status"], f"{s['seconds']:.2f}", f"`{s['key']}`"] for s in report.stages
+    ]
+    shown_recipe = recipe.model_dump(mode="json", exclude={"run"}, exclude_unset=True)
+    head, rows = evaluation_table(report.evaluation)
+    tau = f", tau {recipe.tau:g}" if "tau" in edit.fields else ""
+    parts = [
+        f"# {recipe.name}: alpha {recipe.alpha:g}{tau}",
+        f"Merged checkpoint: `{report.ctx.output.name}`",
+        f"By {edit.title}: `{edit.formula}`",
+        "## What the models do",
+        table(head, rows) if rows else "",
+        _evaluation_note(report.evaluation),
+        _retokenised_note(report.retokenised),
+        *_gate_parts(report),
+        *(f"![{title}]({file})" for title, file in pictures.items()),
+        "## The delta",
+        "Norms relative to the base's weights; the largest single difference; what T keeps.",
+        table(*delta_table(report.ctx.pair().base, report.delta, report.threshold)),
+        "## The edit",
+        "Norm relative to the base's weights; how much of it is left after rounding.",
+        table(*edit_table(report.edit, report.scores)),
+        _carried_note(report.carried),
+        "## Stages",
+        table(["stage", "status", "seconds", "key"], stages),
+        "## Recipe",
+        f"```yaml\n{yaml.safe_dump(shown_recipe, sort_keys=False)}```",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _gate_parts(report: MergeReport) -> list[str]:
+    if report.scores is None or report.gains is None:
+        return []
+    return [
+        "## The gate's prediction",
+        "First-order change of the mean loss on the calibration sets, and the realised one.",
+        table(*prediction_table(report.evaluation)),
+        "## Scores",
+        "S(c) over all layers (the baseline has 1) and the sums it is made of, in nats: what both "
+        "sets agree on, each set's slope along the whole delta, and the norm of its coordinates.",
+        table(*gain_table(report.scores, report.gains)),
+    ]
+
+
+def _evaluation_note(evaluation: dict[str, Any]) -> str:
+    rows = evaluation.get("rows", {})
+    if not rows:
+        return "No held-out rows: name `evaluate.reasoning` and `evaluate.agent` in the recipe."
+    counted = ", ".join(f"{count} held-out {name} rows" for name, count in rows.items())
+    answers = evaluation.get("generated", 0)
+    return f"{counted}; {answers} answers of each kind were generated." if answers else counted
+
+
+def _retokenised_note(sets: list[str]) -> str:
+    if not sets:
+        return ""
+    return (
+        f"Targets of {', '.join(f'`{name}`' for name in sets)}: the server gave text without "
+        "token ids, which was cut into tokens anew. These need not be those that the model emitted."
+    )
+
+
+def _carried_note(carried: list[str]) -> str:
+    if not carried:
+        return ""
+    return (
+        f"{len(carried)} tensors are no weights that can be merged and were carried over from "
+        f"the base: `{carried[0]}`" + (" and others." if len(carried) > 1 else ".")
+    )
+
+
+def write_report(report: MergeReport, folder: Path) -> Path:
+    """Write report.md, report.html and the pictures; returns the path of report.html."""
+    folder.mkdir(parents=True, exist_ok=True)
+    recipe = report.ctx.recipe
+    drawn = draw_all(report.scores, report.edit, report.projector, recipe.tau)
+    files: dict[str, str] = {}
+    data: dict[str, bytes] = {}
+    for name, (title, png) in drawn.items():
+        files[title], data[f"{name}.png"] = f"{name}.png", png
+        (folder / f"{name}.png").write_bytes(png)
+    text = markdown(report, files)
+    (folder / "report.md").write_text(text)
+    target = folder / "report.html"
+    target.write_text(page(recipe.name, text, data))
+    return target

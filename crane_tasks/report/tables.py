@@ -1,0 +1,137 @@
+"""The tables that terminal, report and Prefect's page show: (head, rows of cells)."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from artifacts.store import Artifact
+from artifacts.tables import read_table
+from crane_tasks.delta import read_statistics
+from crane_tasks.evaluate.metrics import METRICS
+from crane_tasks.models.files.checkpoint import Checkpoint
+from crane_tasks.numerics.edit import EditSums
+from crane_tasks.numerics.scores import GainSums, pooled
+from crane_tasks.scores.reading import Scores, layer_sums
+from crane_tasks.sizes import PLAIN
+
+Cells = tuple[list[str], list[list[str]]]
+NONE = "–"
+
+
+def evaluation_table(evaluation: Mapping[str, Any]) -> Cells:
+    """Models by the metrics that any of them has."""
+    models: dict[str, dict[str, float]] = evaluation.get("models", {})
+    metrics = [m for m in METRICS if any(m.name in values for values in models.values())]
+    rows = [[name, *(m.shown(v.get(m.name)) for m in metrics)] for name, v in models.items()]
+    return ["model", *(m.title for m in metrics)], rows
+
+
+def prediction_table(evaluation: Mapping[str, Any]) -> Cells:
+    """The change of calibration loss that the gate predicted, and the realised one."""
+    gate = evaluation.get("gate", {})
+    rows = [
+        [name, NONE if gate["predicted"][name] is None else f"{gate['predicted'][name]:+.4f}",
+         f"{realised:+.4f}"]
+        for name, realised in gate.get("realised", {}).items()
+    ]  # fmt: skip
+    return ["set", "predicted", "realised"], rows
+
+
+def score_table(scores: Scores) -> Cells:
+    """S: a row per layer, and one for all of them."""
+    components = list(scores.per_component)
+    layers = {str(layer): row for layer, row in scores.per_layer.items()}
+    layers["all"] = scores.per_component
+    rows = [
+        [layer, *(f"{row[c]:.4f}" if c in row else NONE for c in components)]
+        for layer, row in layers.items()
+    ]
+    return ["layer", *components], rows
+
+
+def gain_table(scores: Scores, artifact: Artifact) -> Cells:
+    """What S is made of, over all layers.
+
+    The slopes are minus the first-order change of each set's loss along the whole delta; a
+    norm far above its slope means that coordinates pull against one another.
+    """
+    total: dict[str, GainSums] = pooled(layer_sums(artifact).values())
+    rows = [
+        [component, f"{scores.per_component.get(component, float('nan')):.4f}", f"{s.p:.4g}",
+         f"{s.s_r:+.4g}", f"{s.s_a:+.4g}", f"{s.s_r2**0.5:.4g}", f"{s.s_a2**0.5:.4g}",
+         _ratio(s.delta2, s.base2)]
+        for component, s in total.items()
+    ]  # fmt: skip
+    head = ["component", "S", "agreed gain", "slope R", "slope A", "norm R", "norm A",
+            "delta / base"]  # fmt: skip
+    return head, rows
+
+
+def delta_table(base: Checkpoint, delta: Artifact, threshold: Artifact | None) -> Cells:
+    """How far the donor is from the base, and what T keeps of it, per component."""
+    sums: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+    for slot in base.slots.values():
+        row = sums[slot.component]
+        for values in read_statistics(delta, slot):
+            for name in ("delta2", "base2", "donor2", "numel"):
+                row[name] += values[name]
+            row["max_abs"] = max(row["max_abs"], values["max_abs"])
+    for component, kept in _kept(threshold).items():
+        for name, value in kept.items():
+            sums[component][name] += value
+    rows = [
+        [component, _ratio(s["delta2"], s["base2"]), _ratio(s["donor2"], s["base2"]),
+         f"{s['max_abs']:.3g}",
+         f"{s['kept'] / s['counted']:.1%}" if s["counted"] else NONE,
+         f"{(s['kept2'] / s['whole2']) ** 0.5:.3f}" if s["whole2"] else NONE]
+        for component, s in sums.items()
+    ]  # fmt: skip
+    head = ["component", "delta / base", "donor / base", "largest", "kept by T",
+            "norm of T / delta"]  # fmt: skip
+    return head, rows
+
+
+def _kept(threshold: Artifact | None) -> dict[str, dict[str, float]]:
+    """Per component what T keeps: entries, and the squared norms of T(δ) and δ."""
+    sums: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+    if threshold is None:
+        return sums
+    for unit in threshold.units():
+        table = read_table(threshold, unit, "tensors")
+        for component, values in zip(table.components, table.values, strict=True):
+            row = dict(zip(table.columns, values, strict=True))
+            sums[component]["kept"] += row["kept"]
+            sums[component]["counted"] += row["numel"]
+            sums[component]["kept2"] += row["norm"] ** 2
+            sums[component]["whole2"] += row["delta_norm"] ** 2
+    return sums
+
+
+def edit_table(edit: Mapping[str, EditSums], scores: Scores | None) -> Cells:
+    """Size of the edit per component, and what rounding left of it."""
+    rows = [
+        [component, _score(scores, component), _ratio(s.intended2, s.base2),
+         _ratio(s.delta2, s.base2),
+         f"{s.survived:.3f}" if s.intended2 else NONE,
+         f"{s.cosine:.3f}" if s.intended2 else NONE,
+         f"{s.changed / s.numel:.1%}" if s.numel else NONE]
+        for component, s in edit.items()
+    ]  # fmt: skip
+    head = ["component", "S", "edit / base", "delta / base", "survived", "cosine", "changed"]
+    return head, rows
+
+
+def _score(scores: Scores | None, component: str) -> str:
+    known = scores is not None and component not in PLAIN and component in scores.per_component
+    return f"{scores.per_component[component]:.4f}" if scores and known else NONE
+
+
+def _ratio(part2: float, whole2: float) -> str:
+    """Of two squared norms the ratio of the norms."""
+    return f"{(part2 / whole2) ** 0.5:.2e}" if whole2 else NONE
+
+
+def records(table: Cells) -> Iterable[dict[str, str]]:
+    """A table as a mapping per row."""
+    head, rows = table
+    return (dict(zip(head, row, strict=True)) for row in rows)
