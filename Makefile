@@ -8,7 +8,7 @@ PORT ?= 4200
 # Processes for the fast tests. What the tests of one share is made anew in another.
 JOBS ?= 2
 
-.PHONY: demo ui test fast test-slow check format bench clean
+.PHONY: demo ui test fast test-slow check format docs bench clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -19,7 +19,7 @@ demo: $(READY)  ## merge the embedded pair, stage by stage; again: every stage i
 	$(BIN)/crane merge tiny
 
 ui: $(READY)  ## Prefect's page with merge, sweep and evaluate; Ctrl-C stops everything
-	$(BIN)/python -m flows.ui --port $(PORT)
+	$(BIN)/python -m flows.prefect.server --port $(PORT)
 
 test: $(READY)  ## lint, types and import contracts, and beside them the fast tests
 	@$(MAKE) --no-print-directory --jobs=2 check fast
@@ -39,6 +39,9 @@ check: $(READY)
 format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+docs: $(READY)  ## write the generated tables of the documents anew
+	$(BIN)/python tests/docs/documents.py
 
 bench: $(READY)  ## print the benchmarks' tables
 	$(BIN)/python -m pytest tests/benchmarks -m "not gpu" -s

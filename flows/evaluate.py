@@ -1,55 +1,49 @@
 """Score an existing checkpoint against a recipe's base and donor."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from artifacts.store import Store
-from crane_tasks.calibration import build_targets
-from crane_tasks.check import check_vocabulary
-from crane_tasks.context import Progress, make_context, no_progress
 from crane_tasks.errors import CheckpointError
-from crane_tasks.evaluate import build_checkpoint_comparison
+from crane_tasks.evaluate.measure import MEASURE
+from crane_tasks.evaluate.stage import build_checkpoint_comparison
+from crane_tasks.method import keys_of
+from crane_tasks.models.check import check_vocabulary
 from crane_tasks.models.files.checkpoint import Checkpoint
 from crane_tasks.models.walk.skeleton import check_parameters
-from crane_tasks.recipe import Recipe
-from flows.merge import all_refs, check_data, healing
-from flows.transient import naming_full_disk
+from crane_tasks.session import Context, Session, open_context
+from crane_tasks.stage import closure
+from flows.checks import check_stages
+from flows.faults import healing, naming_full_disk
 
 
 def evaluate(
-    recipe: Recipe,
-    store: Store,
-    checkpoint: Path,
-    *,
-    progress: Progress = no_progress,
-    notice: Callable[[str], None] = lambda _: None,
+    session: Session, checkpoint: Path, *, opened: Context | None = None
 ) -> dict[str, Any]:
     """The metrics of base, donor and the checkpoint on the recipe's rows.
 
     Raises:
         BadInput: the checkpoint, the recipe or its data are wrong.
     """
-    store.waiting = notice
-    store.prepare()
-    ctx = make_context(recipe, store, progress, notice)
+    session.store.prepare()
+    ctx = opened or open_context(session)
     folder = checkpoint.expanduser().resolve()
-    opened = Checkpoint.open(folder)
-    if opened.layout.model_type != ctx.pair().base.layout.model_type:
+    measured = Checkpoint.open(folder)
+    if measured.layout.model_type != ctx.pair().base.layout.model_type:
         raise CheckpointError(
-            f"{folder} is {opened.layout.model_type}, the recipe's base "
+            f"{folder} is {measured.layout.model_type}, the recipe's base "
             f"{ctx.pair().base.layout.model_type}"
         )
-    check_parameters(opened)
-    check_vocabulary(opened, ctx.base)
-    refs = all_refs(ctx)
-    check_data(ctx, refs)
+    check_parameters(measured)
+    check_vocabulary(measured, ctx.base)
+    keys = keys_of(ctx)
+    sets = [stage for stage in closure([MEASURE], ctx.recipe) if stage is not MEASURE]
+    check_stages(ctx, keys, sets)
 
     def work() -> dict[str, Any]:
-        for name, ref in refs.calibration.targets().items():
-            build_targets(ctx, getattr(recipe.calibration, name), ref)
-        return build_checkpoint_comparison(ctx, folder, refs.sets)[1]
+        for stage in sets:
+            stage.build(ctx, keys)
+        return build_checkpoint_comparison(ctx, keys, folder)[1]
 
-    with naming_full_disk(store.root):
-        result = healing(store, work, notice)
-    return {"name": recipe.name, "checkpoint": str(folder), **result}
+    with naming_full_disk(session.store.root):
+        result = healing(session, work)
+    return {"name": session.recipe.name, "checkpoint": str(folder), **result}

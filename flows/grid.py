@@ -8,9 +8,10 @@ from typing import Any
 
 import yaml
 
-from crane_tasks.context import point_name
 from crane_tasks.errors import RecipeError
-from crane_tasks.recipe import Recipe, changed
+from crane_tasks.places import point_name
+from crane_tasks.recipe import Recipe
+from crane_tasks.recipe_file import changed
 
 # Fields that have an option of their own, or that nothing measured depends on.
 OPTIONS = ("alpha", "tau")
@@ -83,10 +84,10 @@ def spots(
     twice = [path for path in {p for p, _ in axes} if sum(p == path for p, _ in axes) > 1]
     if twice:
         raise RecipeError(f"--set-grid {twice[0]}: given twice; list all its values in one")
-    found = list(_combined(recipe, alphas, taus, axes, folder))
-    if not found:
+    grid = list(_combined(recipe, alphas, taus, axes, folder))
+    if not grid:
         raise RecipeError("the grid is empty: give at least one alpha and one tau")
-    return found
+    return grid
 
 
 def _combined(

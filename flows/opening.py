@@ -1,13 +1,15 @@
-"""From what a person names to a recipe and a store."""
+"""From what a person names to a session."""
 
 import json
 from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from artifacts.store import Store
 from crane_tasks.errors import RecipeError
-from crane_tasks.recipe import Recipe, load_recipe
+from crane_tasks.recipe_file import load_recipe
+from crane_tasks.session import Session
 
 DEFAULT_STORE = "crane-store"
 
@@ -35,7 +37,7 @@ def find_recipe(name: str) -> Path:
     return shipped[name]
 
 
-def open_recipe(
+def open_session(
     name: str,
     assignments: Iterable[str] = (),
     *,
@@ -43,11 +45,15 @@ def open_recipe(
     tau: float | None = None,
     output: str | Path | None = None,
     store: str | Path | None = None,
-) -> tuple[Recipe, Store]:
-    """A recipe with its changes, and the store it asks for (default ./crane-store).
+    **heard: Any,
+) -> Session:
+    """The session of a recipe with its changes, on the store that it asks for.
 
-    `output` and `store` are relative to the current folder; what the recipe itself says of
-    them is relative to the recipe.
+    The store is ./crane-store by default. `output` and `store` are relative to the current
+    folder; what the recipe itself says of them is relative to the recipe.
+
+    Args:
+        heard: other fields of the session: progress, notice, force.
 
     Raises:
         RecipeError: no such recipe, or its contents are wrong.
@@ -63,4 +69,4 @@ def open_recipe(
         overrides={"alpha": alpha, "tau": tau},
     )
     place = recipe.place(recipe.run.store) if recipe.run.store else Path(DEFAULT_STORE)
-    return recipe, Store(place.absolute())
+    return Session(recipe, Store(place.absolute()), **heard)

@@ -4,55 +4,32 @@ The stages before `apply` run once, the base is loaded once; each point lays its
 it, is measured and kept in the store. Only the winner is materialised, and only if asked.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from artifacts.errors import DamagedArtifact
 from artifacts.ref import Ref, digest_of
-from artifacts.store import Built, Store
-from crane_tasks.apply import check_baseline, check_destination, check_rows
-from crane_tasks.choice import (
-    OBJECTIVE,
-    Choice,
-    Metrics,
-    Point,
-    Requirement,
-    choose,
-    read_requirement,
-    shortfall,
-)
-from crane_tasks.context import (
-    Context,
-    Progress,
-    make_context,
-    no_progress,
-    sweep_folder,
-    with_recipe,
-)
+from artifacts.store import Built
+from crane_tasks.apply.stage import APPLY, check_destination
 from crane_tasks.errors import RecipeError, ScoreError
-from crane_tasks.evaluate import measured_metrics, read_comparison
-from crane_tasks.finite import finite
-from crane_tasks.point import build_point, release_base
-from crane_tasks.recipe import Recipe
-from crane_tasks.room import check_room
-from crane_tasks.spread import Spread, here
-from crane_tasks.sweep_report import Facts, check_sweep_folder, write_sweep_report
+from crane_tasks.evaluate.choice import Point, Requirement, read_requirement
+from crane_tasks.evaluate.metrics import OBJECTIVE, measured_metrics
+from crane_tasks.evaluate.point import LOADED, POINT
+from crane_tasks.evaluate.stage import EVALUATE, read_comparison
+from crane_tasks.method import Call, build_before, in_this_process, keys_of, made_from, used
+from crane_tasks.places import sweep_folder
+from crane_tasks.report.sweep import check_sweep_folder
+from crane_tasks.session import Context, Session, open_context
+from crane_tasks.sizes import check_disk_space
+from crane_tasks.stage import Keys
+from flows.checks import check_stages, disk_needs
+from flows.faults import healing, naming_full_disk
 from flows.grid import Spot, spots
-from flows.merge import (
-    Call,
-    Refs,
-    all_refs,
-    build_inputs,
-    call_here,
-    check_data,
-    disk_needs,
-    healing,
-    merge,
-)
-from flows.transient import naming_full_disk
+from flows.merge import merge
+from flows.sweep_result import Sweep
 
 WRITE = ("best",)
 # What is one point's own fault: the others are measured all the same.
@@ -60,116 +37,31 @@ FAULTS = (RecipeError, ScoreError)
 
 
 @dataclass(frozen=True)
-class Work:
-    """A spot of the grid with what it takes to measure it."""
+class Candidate:
+    """A spot of the grid with its context and keys."""
 
     spot: Spot
     ctx: Context
-    refs: Refs
+    keys: Keys
 
     @property
-    def made(self) -> list[Ref]:
-        """The artifacts that the edit and its evaluation are made of."""
-        r, sets = self.refs, self.refs.calibration
-        targets = sets.targets().values()
-        return [r.delta, r.threshold, r.scores, r.projector, *targets, sets.format]
+    def evaluated(self) -> bool:
+        return self.ctx.store.has(self.keys[EVALUATE])
+
+    @property
+    def made_from(self) -> list[Ref]:
+        """The artifacts that the edit is made of."""
+        return [self.keys[s] for s in made_from(APPLY, self.spot.recipe)]
 
     @property
     def inputs(self) -> str:
         """Digests what points share that differ in alpha, tau or the `merge` section alone."""
-        return digest_of([self.ctx.recipe.gate.baseline, *(ref.key for ref in self.made)])
-
-
-@dataclass
-class Sweep:
-    """What a sweep did and found.
-
-    Attributes:
-        points: the finished ones, in the order of the grid.
-        models: metrics of base and donor.
-        planned: how many points the grid has.
-        written: the folder of the best point's checkpoint, if it was materialised.
-        report: the HTML page.
-    """
-
-    recipe: Recipe
-    output: Path
-    requirements: list[Requirement]
-    planned: int
-    points: list[Point] = field(default_factory=list)
-    models: dict[str, Metrics] = field(default_factory=dict)
-    written: Path | None = None
-    report: Path | None = None
-
-    @property
-    def choice(self) -> Choice:
-        return choose(self.points, self.requirements)
-
-    @property
-    def problem(self) -> str | None:
-        """Why the sweep is no success although it came to its end, or None."""
-        if len(self.points) < self.planned:
-            return None
-        if not any(self.choice.meets):
-            return shortfall(self.points, self.requirements)
-        failed = [p for p in self.points if p.error is not None]
-        if failed:
-            return f"{len(failed)} of {self.planned} points failed. {failed[0]}: {failed[0].error}"
-        return None
-
-    def as_json(self) -> dict[str, Any]:
-        """The object that `crane sweep --json` prints."""
-        choice = self.choice
-        found: dict[str, Any] = {
-            "name": self.recipe.name,
-            "output": str(self.output),
-            "report": str(self.report) if self.report else None,
-            "require": [str(r) for r in self.requirements],
-            "models": self.models,
-            "points": [_point_json(p, i, choice) for i, p in enumerate(self.points)],
-            "pareto": choice.front,
-            "best": choice.best,
-            "written": str(self.written) if self.written else None,
-        }
-        return dict(finite(found))
-
-    def write(self) -> None:
-        """Write the report of what there is."""
-        self.report = write_sweep_report(self._facts(), self.output)
-
-    def _facts(self) -> Facts:
-        return Facts(
-            recipe=self.recipe,
-            points=self.points,
-            choice=self.choice,
-            requirements=self.requirements,
-            models=self.models,
-            planned=self.planned,
-            problem=self.problem,
-            record=self.as_json(),
-        )
-
-
-def _point_json(point: Point, place: int, choice: Choice) -> dict[str, Any]:
-    error = {} if point.error is None else {"error": point.error}
-    return {
-        "name": point.name,
-        "alpha": point.alpha,
-        "tau": point.tau,
-        "set": dict(point.changes),
-        "status": point.status,
-        "seconds": round(point.seconds, 3),
-        "key": point.key,
-        "metrics": dict(point.metrics),
-        "pareto": place in choice.front,
-        "meets": choice.meets[place],
-        **error,
-    }
+        baseline = self.ctx.recipe.gate.baseline
+        return digest_of([baseline, *sorted(ref.key for ref in self.made_from)])
 
 
 def sweep(
-    recipe: Recipe,
-    store: Store,
+    session: Session,
     alphas: Sequence[float] = (),
     taus: Sequence[float] = (),
     *,
@@ -177,11 +69,8 @@ def sweep(
     require: Sequence[str] = (),
     write: str | None = None,
     folder: Path | None = None,
-    call: Call = call_here,
-    progress: Progress = no_progress,
-    notice: Callable[[str], None] = lambda _: None,
-    spread: Spread = here,
-    force: bool = False,
+    call: Call = in_this_process,
+    opened: Context | None = None,
 ) -> Sweep:
     """Measure every point of a grid; points that were measured before, or merged, are reused.
 
@@ -194,11 +83,13 @@ def sweep(
         require: bounds that the best point must keep, `tool_calls>=0.99` each.
         write: "best" to merge the best point into a folder of its own in the sweep's.
         folder: of the report; beside the recipe's merge if left out.
-        force: whatever merge lies where the best point goes may be replaced.
+        call: runs a stage: in this process, or as a Prefect task.
+        opened: the session's context, where it is there already.
 
     Raises:
         BadInput: as `merge`; the grid, a requirement or the folder is wrong.
     """
+    recipe = session.recipe
     requirements = [read_requirement(text) for text in require]
     if write not in (None, *WRITE):
         raise RecipeError(f"--write {write}: only '{WRITE[0]}' can be written")
@@ -206,25 +97,22 @@ def sweep(
     grid = spots(recipe, alphas or [recipe.alpha], taus or [recipe.tau], fields, place)
     for spot in grid:
         _check_metrics(spot, requirements, best=write is not None)
-    store.waiting = notice
-    store.prepare()
-    work = _prepared(grid, partial(make_context, store=store, progress=progress, notice=notice,
-                                   spread=spread))  # fmt: skip
-    _check_all(work, place, force=force, best=write is not None)
-    found = Sweep(recipe, place, requirements, len(work))
+    session.store.prepare()
+    candidates = _opened(grid, session, [opened] if opened else [])
+    _check_all(candidates, place, best=write is not None)
+    result = Sweep(recipe, place, requirements, len(candidates))
     try:
-        with naming_full_disk(store.root, place):
-            _measure_all(found, work, call, notice)
+        with naming_full_disk(session.store.root, place):
+            _measure_all(result, candidates, call)
     finally:
-        release_base()
-    best = found.choice.best
+        session.kept.let_go(LOADED)
+    best = result.choice.best
     if write and best is not None:
-        done = merge(work[best].spot.recipe, store, call=call, progress=progress, notice=notice,
-                     spread=spread, force=force)  # fmt: skip
-        found.written = done.ctx.output
-    if found.written or found.points[-1].status == "reused":
-        found.write()  # else it was written after the last point
-    return found
+        merged = merge(replace(session, recipe=candidates[best].spot.recipe), call)
+        result.written = merged.ctx.output
+    if result.written or result.points[-1].status == "reused":
+        result.write()  # else it was written after the last point
+    return result
 
 
 def _check_metrics(spot: Spot, requirements: Sequence[Requirement], *, best: bool) -> None:
@@ -233,14 +121,14 @@ def _check_metrics(spot: Spot, requirements: Sequence[Requirement], *, best: boo
     Raises:
         RecipeError: it is not, with what would have it measured.
     """
-    metrics = measured_metrics(spot.recipe)
+    metrics = {metric.name for metric in measured_metrics(spot.recipe)}
     if not metrics:
         raise RecipeError(
             f"{spot.recipe.name}: no held-out rows, so points cannot be compared; name "
             "evaluate.reasoning and evaluate.agent in the recipe"
         )
     wanted = {r.metric: f"--require '{r}'" for r in requirements}
-    wanted |= {OBJECTIVE: "--write best"} if best and OBJECTIVE not in wanted else {}
+    wanted |= {OBJECTIVE.name: "--write best"} if best and OBJECTIVE.name not in wanted else {}
     for metric, what in wanted.items():
         if metric not in metrics:
             raise RecipeError(
@@ -250,29 +138,28 @@ def _check_metrics(spot: Spot, requirements: Sequence[Requirement], *, best: boo
             )
 
 
-def _prepared(grid: Iterable[Spot], make: Callable[[Recipe], Context]) -> list[Work]:
+def _opened(grid: Iterable[Spot], session: Session, contexts: list[Context]) -> list[Candidate]:
     """The context and keys of every spot; what is alike is found out once.
 
     Raises:
-        BadInput: as `make_context`; two points are the same.
+        BadInput: as `open_context`; two points are the same.
     """
-    contexts: list[Context] = []
-    found: dict[str, Work] = {}
+    candidates: dict[str, Candidate] = {}
     for spot in grid:
-        alike = (with_recipe(ctx, spot.recipe) for ctx in contexts)
+        alike = (ctx.with_recipe(spot.recipe) for ctx in contexts)
         ctx = next((ctx for ctx in alike if ctx is not None), None)
         if ctx is None:
-            ctx = make(spot.recipe)
+            ctx = open_context(replace(session, recipe=spot.recipe))
             contexts.append(ctx)
-        work = Work(spot, ctx, all_refs(ctx))
-        key = work.refs.evaluate.key
-        if key in found:
+        candidate = Candidate(spot, ctx, keys_of(ctx))
+        key = candidate.keys[EVALUATE].key
+        if key in candidates:
             raise RecipeError(
-                f"the grid has the same point twice: {found[key].spot.name} and {spot.name} "
+                f"the grid has the same point twice: {candidates[key].spot.name} and {spot.name} "
                 "differ in nothing that is measured"
             )
-        found[key] = work
-    return list(found.values())
+        candidates[key] = candidate
+    return list(candidates.values())
 
 
 class _Once:
@@ -288,112 +175,109 @@ class _Once:
         return new
 
 
-def _check_all(work: Sequence[Work], folder: Path, *, force: bool, best: bool) -> None:
+def _check_all(candidates: Sequence[Candidate], folder: Path, *, best: bool) -> None:
     """All that is known to be wrong before weights are read, once for what is alike."""
-    check_sweep_folder(folder, work[0].ctx.places)
+    check_sweep_folder(folder, candidates[0].ctx.inputs)
     first = _Once()
     needs: list[tuple[Path, int, str]] = []
-    there = [check_destination(w.ctx, w.refs.apply, force=force) for w in work if best]
-    for one in work:
-        ctx, refs = one.ctx, one.refs
-        if ctx.store.has(refs.evaluate):
+    there = [check_destination(c.ctx, c.keys) for c in candidates if best]
+    for one in candidates:
+        if one.evaluated:
             continue
-        if first("baseline", ctx.base_id, ctx.recipe.gate.baseline):
-            check_baseline(ctx)
-        if first("rows", ctx.base_id, ctx.recipe.merge.model_dump(mode="json")):
-            check_rows(ctx)
-        if first("data", one.inputs, {name: ref.key for name, ref in refs.sets.refs.items()}):
-            check_data(ctx, refs)
-        if first("room", one.inputs):
-            needs += disk_needs(ctx, refs, written=True)
+        recipe = one.spot.recipe
+        alike = [recipe.gate.baseline, recipe.merge.model_dump(mode="json")]
+        fresh = [
+            stage
+            for stage in used(recipe)
+            if stage not in (APPLY, EVALUATE) and first(stage.role, alike[0], one.keys[stage].key)
+        ]
+        if first("edit", alike):
+            fresh.append(APPLY)
+        check_stages(one.ctx, one.keys, fresh)
+        if first("disk", one.inputs):
+            before = {s.role for s in made_from(APPLY, recipe)}
+            wanted = [s for s in used(recipe) if s.role in before]
+            needs += disk_needs(one.ctx, one.keys, wanted)
     if best and not any(there):
-        ctx, refs = work[0].ctx, work[0].refs
-        needs += [n for n in disk_needs(ctx, refs, written=False) if n[0] == ctx.output]
-    check_room(needs)
+        one = candidates[0]
+        needs += disk_needs(one.ctx, one.keys, [APPLY])
+    check_disk_space(needs)
 
 
-def _measure_all(
-    found: Sweep, work: Sequence[Work], call: Call, notice: Callable[[str], None]
-) -> None:
+def _measure_all(result: Sweep, candidates: Sequence[Candidate], call: Call) -> None:
     """Every point in turn; the report is written after each that was not there before."""
-    faults = _build_inputs(work, call, notice)
-    sent = [w for w in work if w.inputs not in faults and not w.ctx.store.has(w.refs.evaluate)]
+    faults = _build_inputs(candidates, call)
+    sent = [c for c in candidates if c.inputs not in faults and not c.evaluated]
     outcomes = _measured_elsewhere(sent)
-    for number, one in enumerate(work):
-        one.ctx.progress("points", number, len(work), one.spot.name)
+    for number, one in enumerate(candidates):
+        one.ctx.progress("points", number, len(candidates), one.spot.name)
         outcome = faults.get(one.inputs) or (next(outcomes, None) if one in sent else None)
         if isinstance(outcome, Exception):
             point = _failed(one, outcome)
         else:
-            point = _measured(found, one, call, notice, outcome)
-        found.points.append(point)
+            point = _measured(result, one, call, outcome)
+        result.points.append(point)
         if point.status != "reused":
-            found.write()
-    work[0].ctx.progress("points", len(work), len(work), "points")
+            result.write()
+    candidates[0].ctx.progress("points", len(candidates), len(candidates), "points")
 
 
-def _measured_elsewhere(work: Sequence[Work]) -> Iterator[Built | Exception | None]:
+def _measured_elsewhere(candidates: Sequence[Candidate]) -> Iterator[Built | Exception | None]:
     """The points as several workers measure them, in order; none if there are no workers."""
-    if not work or work[0].ctx.elsewhere() is work[0].ctx:
+    if not candidates or not candidates[0].ctx.spreads:
         return iter(())
-    calls = [
-        (w.ctx.elsewhere(), w.refs.evaluate, w.refs.apply, w.refs.inputs, w.refs.sets) for w in work
-    ]
-    return work[0].ctx.spread("point", _point_or_fault, calls)
+    calls = [(c.ctx.elsewhere(), c.keys) for c in candidates]
+    return candidates[0].ctx.session.spread("point", _point_or_fault, calls)
 
 
-def _point_or_fault(*point: Any) -> Built | Exception | None:
+def _point_or_fault(ctx: Context, keys: Keys) -> Built | Exception | None:
     """A worker's work. A point's own fault comes back as a value, for others come after it;
     nothing comes back of one that met a damaged artifact, which is mended here."""
     try:
-        return build_point(*point)
+        return POINT.build(ctx, keys)
     except FAULTS as error:
         return error
     except DamagedArtifact:
         return None
 
 
-def _build_inputs(
-    work: Sequence[Work], call: Call, notice: Callable[[str], None]
-) -> dict[str, ScoreError]:
+def _build_inputs(candidates: Sequence[Candidate], call: Call) -> dict[str, ScoreError]:
     """The stages before the edit, once for all missing points that share them.
 
-    Returns the faults by `Work.inputs`: a baseline without gain spoils its own points alone.
+    Returns the faults by `Candidate.inputs`: a baseline without gain spoils its own points alone.
     """
     first, faults = _Once(), {}
-    for one in work:
-        if one.ctx.store.has(one.refs.evaluate) or not first(one.inputs):
+    for one in candidates:
+        if one.evaluated or not first(one.inputs):
             continue
         try:
-            healing(one.ctx.store, partial(build_inputs, one.ctx, one.refs, call), notice)
+            healing(one.ctx.session, partial(build_before, APPLY, one.ctx, one.keys, call))
         except ScoreError as error:
             faults[one.inputs] = error
     return faults
 
 
-def _measured(
-    found: Sweep, one: Work, call: Call, notice: Callable[[str], None], made: Built | None = None
-) -> Point:
+def _measured(result: Sweep, one: Candidate, call: Call, made: Built | None = None) -> Point:
     """One point, measured or found; its base and donor are noted in the sweep.
 
     `made` is what became of it elsewhere.
     """
-    ctx, r = one.ctx, one.refs
+    ctx, keys = one.ctx, one.keys
 
     def measure() -> tuple[Built, dict[str, Any]]:
-        if not (ctx.store.has(r.evaluate) or all(map(ctx.store.has, one.made))):
-            release_base()  # what was damaged is made anew, which may take a model
-            build_inputs(ctx, r, call)
-        args = (ctx, r.evaluate, r.apply, r.inputs, r.sets)
-        built = call(f"point {one.spot.name}", build_point, *args) if made is None else made
-        return built, read_comparison(ctx.store.open(r.evaluate))
+        if not (one.evaluated or all(map(ctx.store.has, one.made_from))):
+            ctx.session.kept.let_go(LOADED)  # what was damaged is made anew: it may take a model
+            build_before(APPLY, ctx, keys, call)
+        point = replace(POINT, title=f"point {one.spot.name}")
+        built = call(point, ctx, keys) if made is None else made
+        return built, read_comparison(ctx.store.open(keys[EVALUATE]))
 
     try:
-        built, compared = healing(ctx.store, measure, notice)
+        built, compared = healing(ctx.session, measure)
     except FAULTS as error:
         return _failed(one, error)
     models = compared["models"]
-    found.models = found.models or {name: models[name] for name in ("base", "donor")}
+    result.models = result.models or {name: models[name] for name in ("base", "donor")}
     return Point(
         one.spot.alpha,
         one.spot.tau,
@@ -405,6 +289,6 @@ def _measured(
     )
 
 
-def _failed(one: Work, error: Exception) -> Point:
-    spot, key = one.spot, one.refs.evaluate.key
+def _failed(one: Candidate, error: Exception) -> Point:
+    spot, key = one.spot, one.keys[EVALUATE].key
     return Point(spot.alpha, spot.tau, "failed", 0.0, key, spot.changes, error=str(error))

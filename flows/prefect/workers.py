@@ -15,8 +15,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from crane_tasks.errors import RecipeError
-from crane_tasks.recipe import Recipe
-from crane_tasks.spread import Spread, here
+from crane_tasks.session import Session, Spread, one_by_one
 
 T = TypeVar("T")
 CONNECT_SECONDS = 10.0
@@ -28,32 +27,19 @@ def _unit(work: Callable[..., T], call: tuple[Any, ...]) -> T:
 
 
 @contextmanager
-def spreading(recipe: Recipe) -> Iterator[Spread]:
+def spreading(session: Session) -> Iterator[Spread]:
     """What spreads units as `run.workers` says: a local cluster of so many processes, which
-    ends with the block, or the Dask scheduler at an address. Without it all is done here.
+    ends with the block, or the Dask scheduler at an address. Without it, this process does all.
 
     Raises:
         RecipeError: the Dask task runner is not installed, or no scheduler answers.
     """
+    recipe = session.recipe
     workers = recipe.run.workers
     if workers is None:
-        yield here
+        yield one_by_one
         return
-    try:
-        from prefect_dask.task_runners import DaskTaskRunner
-    except ImportError as error:
-        raise RecipeError(
-            "run.workers needs Prefect's Dask task runner: pip install 'crane-merge[dask]'"
-        ) from error
-    if isinstance(workers, str):
-        _require_scheduler(workers)
-    local = {"n_workers": workers, "threads_per_worker": 1, "dashboard_address": None}
-    runner: Any = (
-        DaskTaskRunner(cluster_kwargs=local)
-        if isinstance(workers, int)
-        else DaskTaskRunner(address=workers)
-    )
-
+    runner = _runner(workers)
     # Whatever is submitted takes its surroundings along. A stage's own task holds the run's
     # open connections; seen from the flow itself there is nothing that cannot travel.
     outside = copy_context()
@@ -77,6 +63,21 @@ def spreading(recipe: Recipe) -> Iterator[Spread]:
 
     with runner:
         yield spread
+
+
+def _runner(workers: int | str) -> Any:
+    """Prefect's Dask task runner: so many processes here, or the scheduler at an address."""
+    try:
+        from prefect_dask.task_runners import DaskTaskRunner
+    except ImportError as error:
+        raise RecipeError(
+            "run.workers needs Prefect's Dask task runner: pip install 'crane-merge[dask]'"
+        ) from error
+    if isinstance(workers, str):
+        _require_scheduler(workers)
+        return DaskTaskRunner(address=workers)
+    local = {"n_workers": workers, "threads_per_worker": 1, "dashboard_address": None}
+    return DaskTaskRunner(cluster_kwargs=local)
 
 
 def _require_scheduler(address: str) -> None:

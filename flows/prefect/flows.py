@@ -1,26 +1,27 @@
 """The pipeline as Prefect flows: every stage a task, seen in the UI."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import httpx
-from prefect import flow, get_run_logger
+from prefect import flow, get_run_logger, task
 from prefect.runtime import flow_run
 from prefect.settings import PREFECT_API_URL
 from prefect.states import Completed
 
-from artifacts.store import Store
-from crane_tasks.context import Context, make_context
 from crane_tasks.errors import BadInput, CraneError
-from crane_tasks.recipe import Recipe
-from flows import prefect_forms as form
+from crane_tasks.session import Context, Session
 from flows.evaluate import evaluate
 from flows.merge import Merged, merge
-from flows.prefect_artifacts import publish_evaluation, publish_merge, publish_sweep
-from flows.prefect_stages import TaskStages, refusing, result_of
-from flows.prefect_workers import spreading
-from flows.sweep import Sweep, sweep
+from flows.prefect import forms as form
+from flows.prefect.pages import publish_evaluation, publish_merge, publish_sweep
+from flows.prefect.progress import StageProgress
+from flows.prefect.tasks import OPTIONS, TaskCalls, attempt, inputs, refusing, result_of
+from flows.prefect.workers import spreading
+from flows.sweep import sweep
+from flows.sweep_result import Sweep
 
 
 def _run_name() -> str:
@@ -34,18 +35,14 @@ def _run_name() -> str:
     return ", ".join([form.short_name(given), *told])
 
 
-def _check_inputs(stages: TaskStages, recipe: Recipe, store: Store) -> None:
-    """Fetch the checkpoints, read headers and data, and hash what is not yet known.
-
-    A task of its own, so that a download shows and is tried again; the work finds all of it.
-    """
-
-    def work() -> Context:
-        store.prepare()
-        return make_context(recipe, store, stages.progress)
-
-    told = f"inputs: {recipe.base} and {recipe.donor} are there and fit"
-    stages.run("inputs", work, lambda _: Completed(message=told))
+def _merge(session: Session) -> Merged:
+    """The merge of a session as tasks of the flow that runs."""
+    with spreading(session) as spread:
+        own = replace(session, spread=spread, notice=get_run_logger().warning)
+        merged = merge(own, TaskCalls(), opened=result_of(inputs(own, return_state=True)))
+    publish_merge(merged)
+    get_run_logger().info("Merged checkpoint: %s; report: %s", merged.ctx.output, merged.report)
+    return merged
 
 
 @flow(name="crane-merge", flow_run_name=_run_name, persist_result=False)
@@ -68,27 +65,11 @@ def merge_flow(
         advanced: Overrides, store, device.
     """
 
-    def work() -> Merged:
-        loaded, store = form.opened(
-            recipe, recipe_file, advanced, alpha=alpha, tau=tau, output=output
+    return refusing(
+        lambda: _merge(
+            form.opened(recipe, recipe_file, advanced, alpha=alpha, tau=tau, output=output)
         )
-        stages = TaskStages(loaded.name)
-        _check_inputs(stages, loaded, store)
-        with spreading(loaded) as spread:
-            merged = merge(
-                loaded,
-                store,
-                call=stages,
-                progress=stages.progress,
-                notice=get_run_logger().warning,
-                spread=spread,
-                force=advanced.force,
-            )
-        publish_merge(merged)
-        get_run_logger().info("Merged checkpoint: %s; report: %s", merged.ctx.output, merged.report)
-        return merged
-
-    return refusing(work)
+    )
 
 
 @flow(name="crane-sweep", flow_run_name=_run_name, persist_result=False)
@@ -116,30 +97,25 @@ def sweep_flow(
     """
 
     def work() -> Sweep:
-        loaded, store = form.opened(recipe, recipe_file, advanced)
-        stages = TaskStages(loaded.name)
-        _check_inputs(stages, loaded, store)
-        with spreading(loaded) as spread:
-            found = sweep(
-                loaded,
-                store,
+        session = form.opened(recipe, recipe_file, advanced)
+        with spreading(session) as spread:
+            own = replace(session, spread=spread, notice=get_run_logger().warning)
+            swept = sweep(
+                own,
                 alphas,
                 taus,
                 fields=advanced.axes,
                 require=require,
                 write="best" if write_best else None,
                 folder=Path(output).expanduser().absolute() if output.strip() else None,
-                call=stages,
-                progress=stages.progress,
-                notice=get_run_logger().warning,
-                spread=spread,
-                force=advanced.force,
+                call=TaskCalls(),
+                opened=result_of(inputs(own, return_state=True)),
             )
-        publish_sweep(found)
-        get_run_logger().info("Report: %s", found.report)
-        if found.problem:
-            raise CraneError(found.problem)
-        return found
+        publish_sweep(swept)
+        get_run_logger().info("Report: %s", swept.report)
+        if swept.problem:
+            raise CraneError(swept.problem)
+        return swept
 
     return refusing(work)
 
@@ -161,50 +137,85 @@ def evaluate_flow(
     """
 
     def work() -> dict[str, Any]:
-        loaded, store = form.opened(recipe, recipe_file, advanced)
-        stages = TaskStages(loaded.name)
-        _check_inputs(stages, loaded, store)
-        notice = get_run_logger().warning
-        found = stages.run(
-            "evaluate",
-            lambda: evaluate(
-                loaded, store, Path(checkpoint), progress=stages.progress, notice=notice
-            ),
-            lambda result: Completed(message=f"evaluate: {result['checkpoint']}"),
+        session = replace(
+            form.opened(recipe, recipe_file, advanced), notice=get_run_logger().warning
         )
-        publish_evaluation(loaded.name, found)
-        return found
+        ctx = result_of(inputs(session, return_state=True))
+        compared: dict[str, Any] = result_of(
+            checkpoint_evaluation(ctx, checkpoint, return_state=True)
+        )
+        publish_evaluation(session.recipe.name, compared)
+        return compared
 
     return refusing(work)
 
 
-def run_merge(
-    recipe: str,
-    *,
-    alpha: float | None,
-    tau: float | None,
-    assignments: Sequence[str],
-    output: str | None,
-    store: str | None,
-    force: bool,
-) -> Merged:
+@task(name="evaluate", **OPTIONS)
+def checkpoint_evaluation(ctx: Context, checkpoint: str) -> Any:
+    """What a checkpoint does beside base and donor."""
+
+    def work() -> Any:
+        bar = StageProgress(ctx.recipe.name, "evaluate")
+        heard = ctx.heard_by(bar)
+        compared = evaluate(heard.session, Path(checkpoint), opened=heard)
+        return Completed(message=f"evaluate: {compared['checkpoint']}", data=compared)
+
+    return attempt("evaluate", work)
+
+
+class Given:
+    """A session on its way into a flow: Prefect records its kind, and nothing of what it holds."""
+
+    __slots__ = ("session",)
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+
+
+def _terminal_run_name() -> str:
+    """E.g. "crane-30b, alpha 0.25"."""
+    given: dict[str, Any] = dict(flow_run.parameters)
+    return f"{given['name']}, alpha {given['alpha']:g}"
+
+
+@flow(name="crane-merge", flow_run_name=_terminal_run_name, persist_result=False)
+def terminal_flow(
+    recipe: str, name: str, alpha: float, tau: float, changes: list[str], given: Any
+) -> Any:
+    """A merge that was asked for in a terminal.
+
+    Args:
+        recipe: As it was named there, a file or a shipped recipe.
+        name: Its own name.
+        alpha: Strength of the edit.
+        tau: Where protection is one half.
+        changes: What was said by --set.
+        given: The session.
+    """
+    return refusing(lambda: _merge(given.session))
+
+
+def merge_in_prefect(session: Session, recipe: str, changes: Sequence[str]) -> Merged:
     """Run the merge as a flow in this process, on the server of PREFECT_API_URL or its own.
+
+    Args:
+        recipe, changes: as they were said, for the run's record.
 
     Raises:
         BadInput: there is no server at PREFECT_API_URL; or as `merge`.
     """
-    parameters = form.as_form(
-        recipe,
-        alpha=alpha,
-        tau=tau,
-        assignments=assignments,
-        output=output,
-        store=store,
-        force=force,
-    )
     _require_server()
+    asked = session.recipe
     try:
-        state: Any = merge_flow(**parameters, return_state=True)
+        state: Any = terminal_flow(
+            recipe,
+            asked.name,
+            asked.alpha,
+            asked.tau,
+            list(changes),
+            Given(session),
+            return_state=True,
+        )
     except httpx.TransportError as error:
         raise CraneError(
             f"The Prefect server went away ({type(error).__name__}). Finished work is kept: the "

@@ -1,6 +1,6 @@
 """Make the demonstration pair: two tiny Qwen3-MoE checkpoints and their calibration data.
 
-Run ``python flows/recipes/tiny/train.py --out DIR``. Everything is made from nothing: a small
+Run ``python tests/train_tiny_pair.py --out DIR``. Everything is made from nothing: a small
 world of text, a tokenizer, one pretrained ancestor, and two short fine-tunes of it.
 
 * The **ancestor** sees two kinds of prompt (an agent with tools, a program to trace) in two

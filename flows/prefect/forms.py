@@ -4,15 +4,13 @@ Prefect makes the form from the flow's signature: a `Literal` becomes a choice, 
 its own, a bound a check. What is left empty is the recipe's.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
-from artifacts.store import Store
-from crane_tasks.recipe import Recipe
-from flows.opening import open_recipe, shipped_recipes
+from crane_tasks.session import Session
+from flows.opening import open_session
 
 # A test holds it against the files.
 ShippedRecipe = Literal["tiny", "crane-30b", "crane-next-80b"]
@@ -132,39 +130,18 @@ def opened(
     alpha: float | None = None,
     tau: float | None = None,
     output: str = "",
-) -> tuple[Recipe, Store]:
-    """The recipe and the store that a form asks for.
+) -> Session:
+    """The session that a form asks for.
 
     Raises:
         RecipeError: no such recipe, or its contents or an override are wrong.
     """
-    return open_recipe(
+    return open_session(
         named_recipe(recipe, recipe_file),
         settings.assignments(),
         alpha=alpha,
         tau=tau,
         output=output.strip() or None,
         store=settings.store.strip() or None,
+        force=getattr(settings, "force", False),
     )
-
-
-def as_form(
-    recipe: str,
-    *,
-    alpha: float | None,
-    tau: float | None,
-    assignments: Sequence[str],
-    output: str | None,
-    store: str | None,
-    force: bool,
-) -> dict[str, Any]:
-    """A merge's command line as the parameters of its flow."""
-    shipped = recipe in shipped_recipes() and not Path(recipe).expanduser().is_file()
-    return {
-        "recipe": recipe if shipped else "tiny",
-        "recipe_file": "" if shipped else recipe,
-        "alpha": alpha,
-        "tau": tau,
-        "output": output or "",
-        "advanced": MergeSettings(overrides=list(assignments), store=store or "", force=force),
-    }

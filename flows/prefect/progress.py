@@ -10,7 +10,7 @@ from prefect.context import TaskRunContext
 from prefect.exceptions import PrefectException
 from prefect.logging import get_run_logger
 
-from flows.prefect_artifacts import artifact_key
+from flows.prefect.pages import artifact_key
 
 PERIOD = 3.0  # seconds between two updates, at least
 SHARE = 0.02  # of the time may go into updates: a slow server makes them rarer
@@ -19,7 +19,7 @@ LINE_STEP = 10.0  # percent
 
 
 class StageProgress:
-    """Hears a stage's progress (as `context.Progress`) while its task runs."""
+    """Hears a stage's progress (as `session.Progress`) while its task runs."""
 
     def __init__(self, recipe: str, stage: str) -> None:
         self._recipe = recipe

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-import psutil
+from flows.prefect.processes import Processes, UiError, say
 
 POOL = "crane"
 HOST = "127.0.0.1"
@@ -26,15 +26,9 @@ SILENCE = 3 * HEARTBEAT
 # Ctrl-C too: a shell starts what runs in the background with it switched off.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 START = 180.0  # seconds until the server must answer: on a busy machine it takes 40
-AT_ONCE = 30.0  # seconds: what ends sooner after its start would end again
 # No --limit: with one, a worker of 3.8 ends when a run is retried that it has just seen die.
 # The pool's limit does what is wanted.
 WORKER = ("worker", "start", "--pool", POOL, "--type", "process")
-GRACE = 15.0  # seconds that a process gets to end by itself
-
-
-class UiError(Exception):
-    """Why it cannot start or go on, for a person."""
 
 
 def environment(port: int, home: Path) -> dict[str, str]:
@@ -70,94 +64,6 @@ def require_free(port: int) -> None:
                 "server of one that was killed? "
                 f"Take a free one: make ui PORT={port + 1}"
             ) from error
-
-
-class Processes:
-    """The server and the worker; their output goes to files."""
-
-    def __init__(self, home: Path, env: dict[str, str]) -> None:
-        self._home = home
-        self._env = env
-        self._running: dict[str, subprocess.Popen[bytes]] = {}
-        self._started: dict[str, float] = {}
-
-    def start(self, name: str, *args: str) -> None:
-        """Start a `prefect` command in a session of its own: Ctrl-C is ours to pass on."""
-        self._started[name] = time.monotonic()
-        with self.log(name).open("ab") as log:
-            self._running[name] = subprocess.Popen(
-                [sys.executable, "-m", "prefect", *args],
-                env=self._env,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-
-    def log(self, name: str) -> Path:
-        """Where a process writes."""
-        return self._home / f"{name}.log"
-
-    def check(self, name: str) -> None:
-        """Refuse to go on without one of them."""
-        if self._running[name].poll() is not None:
-            last = self.log(name).read_text(errors="replace").splitlines()[-15:]
-            raise UiError(f"the {name} ended:\n" + "\n".join(last))
-
-    def revive(self, name: str, *args: str) -> None:
-        """Start one of them again if it ended, unless it had only just been started."""
-        if self._running[name].poll() is None:
-            return
-        if time.monotonic() - self._started[name] < AT_ONCE:
-            self.check(name)
-        _say(f"The {name} ended, another one takes over; see {self.log(name)}")
-        self.start(name, *args)
-
-    def stop(self) -> None:
-        """End the runs, then the worker that reports them, then the server."""
-        for name in reversed(self._running):
-            process = self._running[name]
-            try:
-                family = psutil.Process(process.pid).children(recursive=True)
-            except psutil.NoSuchProcess:
-                family = []
-            if name == "worker":
-                _end(family, GRACE)
-                _until_told(bool(family))
-            with contextlib.suppress(ProcessLookupError):
-                process.send_signal(signal.SIGTERM)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(GRACE)
-            _end(family, 1.0)
-            process.kill()
-            process.wait()
-
-
-def _until_told(stopped: bool) -> None:
-    """Let the worker report that its run was stopped, within the grace."""
-    import httpx
-    from prefect.client.orchestration import get_client
-    from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterState
-    from prefect.client.schemas.filters import FlowRunFilterStateType as Type
-    from prefect.client.schemas.objects import StateType
-
-    running = FlowRunFilter(state=FlowRunFilterState(type=Type(any_=[StateType.RUNNING])))
-    limit = time.monotonic() + GRACE
-    with contextlib.suppress(httpx.HTTPError), get_client(sync_client=True) as client:
-        while stopped and time.monotonic() < limit:
-            if not client.read_flow_runs(flow_run_filter=running):
-                return
-            time.sleep(0.3)
-
-
-def _end(processes: list[psutil.Process], grace: float) -> None:
-    """Ask processes to end, then make them."""
-    for process in processes:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.terminate()
-    for process in psutil.wait_procs(processes, grace)[1]:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
 
 
 def run_command(env: dict[str, str], *args: str) -> None:
@@ -237,14 +143,14 @@ def serve(port: int, home: Path) -> NoReturn:
     os.environ.update({k: v for k, v in env.items() if k.startswith("PREFECT_")})
     processes = Processes(home, env)
     try:
-        _say(f"Starting Prefect's server (about 15 s); it keeps its data in {home}")
+        say(f"Starting Prefect's server (about 15 s); it keeps its data in {home}")
         processes.start("server", "server", "start", "--host", HOST, "--port", str(port))
         _until_it_answers(processes, env["PREFECT_API_URL"])
         set_up()
         run_command(env, "deploy", "--all", "--prefect-file", str(_deployments()))
         processes.start("worker", *WORKER)
-        _say(f"Merge, sweep or evaluate: http://{HOST}:{port}/v2/deployments")
-        _say(f"Runs work in {os.getcwd()}, one at a time. Ctrl-C stops everything.")
+        say(f"Merge, sweep or evaluate: http://{HOST}:{port}/v2/deployments")
+        say(f"Runs work in {os.getcwd()}, one at a time. Ctrl-C stops everything.")
         while True:
             processes.check("server")
             processes.revive("worker", *WORKER)
@@ -258,7 +164,7 @@ def serve(port: int, home: Path) -> NoReturn:
 def _deployments() -> Path:
     """This folder's prefect.yaml, or the one of the repository that we are part of."""
     name = "prefect.yaml"
-    places = [Path.cwd() / name, Path(__file__).parents[1] / name]
+    places = [Path.cwd() / name, Path(__file__).parents[2] / name]
     for place in places:
         if place.is_file():
             return place
@@ -278,17 +184,12 @@ def _until_it_answers(processes: Processes, url: str) -> None:
     raise UiError(f"the server did not answer within {START:.0f} s; see {processes.log('server')}")
 
 
-def _say(text: str) -> None:
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()
-
-
 def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
     raise KeyboardInterrupt
 
 
 def main() -> int:
-    """`python -m flows.ui`; 0 when it was stopped, 1 when it could not start or go on."""
+    """`python -m flows.prefect.server`; 0 when it was stopped, 1 when it cannot start or go on."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--port", type=int, default=4200)
     parser.add_argument("--home", type=Path, default=Path(".prefect"), help="the server's data")
@@ -298,7 +199,7 @@ def main() -> int:
     try:
         serve(given.port, given.home.expanduser().absolute())
     except KeyboardInterrupt:
-        _say("Stopped. What was under way goes on when it is retried.")
+        say("Stopped. What was under way goes on when it is retried.")
         return 0
     except UiError as error:
         sys.stderr.write(f"crane: {error}\n")

@@ -2,23 +2,26 @@
 
 import sys
 import time
-from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
 from rich.table import Table
 
 if TYPE_CHECKING:
     from artifacts.store import Built
-    from crane_tasks.scores import Scores
+    from crane_tasks.report.tables import Cells
+    from crane_tasks.scores.reading import Scores
+    from crane_tasks.session import Context
+    from crane_tasks.stage import Keys, Stage
     from flows.merge import Merged
     from flows.plan import Plan
-    from flows.sweep import Sweep
+    from flows.sweep_result import Sweep
 
 
-class View:
+class Terminal:
     """Progress bars while it is entered, and one method per thing to show."""
 
     def __init__(self) -> None:
@@ -26,7 +29,7 @@ class View:
         # Piped output has no width of its own: 80 columns would cut the tables.
         width = None if sys.stdout.isatty() else 120
         self.out = Console(file=sys.stdout, highlight=False, width=width)
-        self._bars = Progress(
+        self._bars = Bars(
             TextColumn("{task.description:>12}"),
             BarColumn(),
             TextColumn("{task.percentage:>3.0f} %  {task.fields[what]}"),
@@ -37,7 +40,7 @@ class View:
         )
         self._tasks: dict[tuple[str, str], TaskID] = {}
 
-    def __enter__(self) -> "View":
+    def __enter__(self) -> "Terminal":
         self._bars.start()
         return self
 
@@ -68,57 +71,37 @@ class View:
         self._bars.stop()
         self.err.print(f"[bold red]crane:[/bold red] {_plain(text)}", soft_wrap=True)
 
-    def timed(self, stage: str, build: "Callable[..., Built]", *args: Any) -> "Built":
+    def timed(self, stage: "Stage", ctx: "Context", keys: "Keys") -> "Built":
         """Run a stage and say how it ended."""
         start = time.monotonic()
-        built = build(*args)
+        built = stage.build(ctx, keys)
         seconds = time.monotonic() - start
         colour = {"reused": "cyan", "resumed": "yellow"}.get(built.status, "green")
-        self.err.print(f"{stage:>12}  [{colour}]{built.status:<8}[/{colour}] {seconds:7.2f} s")
+        status = f"[{colour}]{built.status:<8}[/{colour}]"
+        self.err.print(f"{stage.title:>12}  {status} {seconds:7.2f} s")
         return built
 
     def summary(self, merged: "Merged") -> None:
         """The end of a merge."""
         self.evaluation(merged.evaluation)
-        scores = merged.scores.per_component if merged.scores else {}
-        rows = [
-            [
-                component,
-                f"{scores[component]:.4f}" if component in scores else "–",
-                f"{edit['survived']:.3f}",
-                f"{edit['cosine']:.3f}",
-            ]
-            for component, edit in merged.edit.items()
-        ]
-        self._table("The edit", ["component", "S", "survived", "cosine"], rows)
+        self._table("The edit", merged.edit_table)
         self.out.print(f"Merged checkpoint: {merged.ctx.output}", soft_wrap=True)
         self.out.print(f"Report:            {merged.report}", soft_wrap=True)
 
     def evaluation(self, result: dict[str, Any]) -> None:
         """The evaluation table and the gate's prediction."""
-        from crane_tasks.report import evaluation_rows
+        from crane_tasks.report.tables import evaluation_table, prediction_table
 
-        head, rows = evaluation_rows(result)
-        if len(head) > 1:
-            self._table("What the models do", head, rows)
-        gate = result.get("gate")
-        if gate:
-            lines = [
-                [name, "–" if p is None else f"{p:+.4f}", f"{gate['realised'][name]:+.4f}"]
-                for name, p in gate["predicted"].items()
-            ]
-            title = "Change of calibration loss"
-            self._table(title, ["set", "predicted", "realised"], lines)
+        if len(evaluation_table(result)[0]) > 1:
+            self._table("What the models do", evaluation_table(result))
+        if result.get("gate"):
+            self._table("Change of calibration loss", prediction_table(result))
 
-    def scores(self, found: "Scores") -> None:
+    def scores(self, scores: "Scores") -> None:
         """S per layer and component."""
-        components = list(found.per_component)
-        rows = [
-            [str(layer), *(f"{row[c]:.4f}" if c in row else "–" for c in components)]
-            for layer, row in found.per_layer.items()
-        ]
-        rows.append(["all", *(f"{found.per_component[c]:.4f}" for c in components)])
-        self._table("S(component, layer)", ["layer", *components], rows)
+        from crane_tasks.report.tables import score_table
+
+        self._table("S(component, layer)", score_table(scores))
 
     def plan(self, plan: "Plan") -> None:
         """What each stage would do."""
@@ -135,29 +118,29 @@ class View:
             for s in plan.stages
         ]
         head = ["stage", "would be", "disk", "memory", "device", "time", "why"]
-        self._table(f"Plan for {plan.name}", head, rows)
+        self._table(f"Plan for {plan.name}", (head, rows))
         self.out.print(f"Output: {plan.output}\nStore:  {plan.store}", soft_wrap=True)
         self.out.print("Memory and time are estimates; disk is what the stage will write.")
 
-    def points(self, found: "Sweep") -> None:
+    def points(self, swept: "Sweep") -> None:
         """The table of a sweep, its front marked."""
-        from crane_tasks.sweep_report import point_rows
+        from crane_tasks.report.sweep import point_rows
 
-        head, rows = point_rows(found.points, found.choice, found.models)
-        self._table("Sweep: ● Pareto front, ★ best", head, rows)
-        for point in found.points:
+        rows = point_rows(swept.points, swept.choice, swept.models)
+        self._table("Sweep: ● Pareto front, ★ best", rows)
+        for point in swept.points:
             if point.error is not None:
                 self.out.print(f"[red]failed[/red] {_plain(f'{point}: {point.error}')}")
-        if found.written:
-            self.out.print(f"Merged checkpoint: {found.written}", soft_wrap=True)
-        self.out.print(f"Report:            {found.report}", soft_wrap=True)
+        if swept.written:
+            self.out.print(f"Merged checkpoint: {swept.written}", soft_wrap=True)
+        self.out.print(f"Report:            {swept.report}", soft_wrap=True)
 
     def listing(self, records: list[dict[str, Any]]) -> None:
         """The artifacts of a store."""
         rows = [
             [r["stage"], r["key"], human(r["bytes"]), r["created"] or "damaged"] for r in records
         ]
-        self._table("Artifacts", ["stage", "key", "size", "created"], rows)
+        self._table("Artifacts", (["stage", "key", "size", "created"], rows))
 
     def described(self, record: dict[str, Any]) -> None:
         """One artifact."""
@@ -165,21 +148,22 @@ class View:
 
         self.out.print(Pretty(record, max_length=12))
 
-    def verified(self, found: dict[str, Any]) -> None:
+    def verified(self, outcome: dict[str, Any]) -> None:
         """The outcome of `crane store verify`."""
-        for name, problems in found["damaged"].items():
+        for name, problems in outcome["damaged"].items():
             self.out.print(f"[red]{name}[/red]: {_plain('; '.join(problems[:3]))}")
-        sound = found["checked"] - len(found["damaged"])
-        self.out.print(f"{sound} of {found['checked']} artifacts are sound.")
+        sound = outcome["checked"] - len(outcome["damaged"])
+        self.out.print(f"{sound} of {outcome['checked']} artifacts are sound.")
 
-    def collected(self, found: dict[str, Any]) -> None:
+    def collected(self, outcome: dict[str, Any]) -> None:
         """The outcome of `crane store gc`."""
-        for name in found["removed"]:
+        for name in outcome["removed"]:
             self.out.print(name)
-        verb = "Would free" if found["dry_run"] else "Freed"
-        self.out.print(f"{verb} {human(found['bytes'])}.")
+        verb = "Would free" if outcome["dry_run"] else "Freed"
+        self.out.print(f"{verb} {human(outcome['bytes'])}.")
 
-    def _table(self, title: str, head: list[str], rows: list[list[str]]) -> None:
+    def _table(self, title: str, cells: "Cells") -> None:
+        head, rows = cells
         table = Table(title=title, title_justify="left")
         for index, name in enumerate(head):
             text = index == 0 or name in ("why", "would be", "key", "created")

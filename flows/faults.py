@@ -1,9 +1,17 @@
-"""Which failures pass by themselves, so that the same work may be tried again."""
+"""Failures: which pass by themselves, which artifacts are mended, which disk is full."""
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
+
+from artifacts.errors import DamagedArtifact
+from crane_tasks.scores.gradients import GRADIENTS
+from crane_tasks.session import Session
+
+T = TypeVar("T")
+HEALINGS = 20  # more than a merge has artifacts
 
 # A disk that is full or away for a while, a network or a device that is busy.
 PASSING = frozenset(
@@ -55,6 +63,21 @@ def _passes(error: BaseException) -> bool:
     if isinstance(error, TimeoutError | ConnectionError):
         return True
     return isinstance(error, OSError) and error.errno in PASSING
+
+
+def healing(session: Session, work: Callable[[], T]) -> T:
+    """Run `work`; set a damaged artifact aside and run again, which recomputes it alone."""
+    # Each round mends one artifact; a disk that damages what was just written must end it.
+    for _ in range(HEALINGS):
+        try:
+            return work()
+        except DamagedArtifact as error:
+            aside = session.store.set_aside(error.path)
+            fate = "computing it anew"
+            if aside.parent.name == GRADIENTS.name:
+                fate = "doing without it: nothing is decided by it"
+            session.notice(f"{error}. Set aside as {aside.name}, {fate}.")
+    return work()
 
 
 @contextmanager

@@ -1,0 +1,81 @@
+"""What every command has: options, exit codes, one message for what a user can cure."""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from flows.terminal import Terminal
+
+DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+
+RecipeArgument = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="Recipe file, or a shipped recipe's name.")
+]
+AlphaOption = Annotated[float | None, typer.Option("--alpha", help="Strength of the edit.")]
+TauOption = Annotated[float | None, typer.Option("--tau", help="Where protection is one half.")]
+SetOption = Annotated[
+    list[str], typer.Option("--set", metavar="PATH=VALUE", help="Change any recipe field.")
+]
+OutputOption = Annotated[
+    Path | None, typer.Option("--output", help="Folder of the merged checkpoint.")
+]
+StoreOption = Annotated[Path | None, typer.Option("--store", help="Folder of the stage store.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
+DebugOption = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
+ForceOption = Annotated[bool, typer.Option("--force", help="Replace another merge.")]
+PrefectOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--prefect/--no-prefect",
+        help="Run as a Prefect flow (default: if PREFECT_API_URL or run.workers is set).",
+    ),
+]
+
+
+def _quiet() -> None:
+    """Keep libraries' own chatter off the terminal; ours goes through the view."""
+    import logging
+    import warnings
+
+    warnings.filterwarnings("ignore")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+
+
+def guarded(work: "Callable[[Terminal], Any]", *, debug: bool) -> Any:
+    """Run a command: bad input is one message and exit 2, everything else 1, Ctrl-C 130."""
+    from artifacts.errors import StoreError, UnusableStore
+    from crane_tasks.errors import BadInput, CraneError
+    from flows.terminal import Terminal
+
+    if not debug:
+        _quiet()
+    view = Terminal()
+    try:
+        with view:
+            return work(view)
+    except KeyboardInterrupt:
+        view.problem("Interrupted. Finished work is kept: the same command goes on from there.")
+        raise typer.Exit(INTERRUPTED) from None
+    except (BadInput, UnusableStore) as error:
+        if debug:
+            raise
+        view.problem(str(error))
+        raise typer.Exit(BAD_INPUT) from None
+    except (CraneError, StoreError, OSError) as error:
+        if debug:
+            raise
+        view.problem(f"{type(error).__name__}: {error}")
+        raise typer.Exit(FAILED) from None
+
+
+def print_json(value: Any) -> None:
+    from crane_tasks.report.finite import finite
+
+    sys.stdout.write(json.dumps(finite(value), allow_nan=False) + "\n")

@@ -1,0 +1,1 @@
+"""The pipeline on Prefect: flows, tasks, forms, pages, workers and the server."""
