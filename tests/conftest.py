@@ -21,7 +21,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from crane_tasks.recipe import Recipe, load_recipe
+from crane_tasks.recipe import Recipe
+from crane_tasks.recipe_file import load_recipe
 
 ONE_BY_ONE = 1  # a limit of tokens that puts every item into a batch of its own
 # The libraries' million objects stay: to look through all of them 25 times takes 10 s.

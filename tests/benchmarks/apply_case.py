@@ -19,16 +19,19 @@ from torch import Tensor
 
 from artifacts.ref import Ref
 from artifacts.store import Draft, Store
-from crane_tasks import projector, scores
-from crane_tasks.apply import Inputs, apply_ref, build_apply
-from crane_tasks.context import Context
-from crane_tasks.delta import build_delta, delta_ref
+from artifacts.tables import write_table
+from crane_tasks.apply.stage import APPLY
+from crane_tasks.delta import DELTA
 from crane_tasks.models.files.layout import unit_name
 from crane_tasks.numerics.projector import protection
 from crane_tasks.numerics.scores import GainSums
-from crane_tasks.recipe import recipe_from
-from crane_tasks.tables import write_table
-from crane_tasks.threshold import PLAIN, build_threshold, gated, threshold_ref
+from crane_tasks.projector import PROJECTOR, read_basis, sites_in_use
+from crane_tasks.recipe_file import recipe_from
+from crane_tasks.scores.stage import COLUMNS, SCORES
+from crane_tasks.session import Context, Session
+from crane_tasks.sizes import PLAIN, gated
+from crane_tasks.stage import Keys
+from crane_tasks.threshold import THRESHOLD
 
 ALPHA, TAU, RANK = 0.25, 0.03, 256
 READ_BYTES = 16 * 2**20
@@ -72,8 +75,7 @@ def context(folder: Path, device: str, alpha: float, output: Path) -> Context:
     store = Store(folder / "store")
     store.prepare()
     return Context(
-        recipe=recipe,
-        store=store,
+        session=Session(recipe, store),
         base=folder / "base",
         donor=folder / "donor",
         base_id="base",
@@ -87,40 +89,38 @@ def context(folder: Path, device: str, alpha: float, output: Path) -> Context:
     )
 
 
-def inputs(ctx: Context) -> Inputs:
-    """The keys of what the edit is made of; scores and bases are made up."""
-    delta = delta_ref(ctx)
+def keys(ctx: Context) -> Keys:
+    """The keys of the edit and of what it is made of; scores and bases are made up."""
     given = {"base": ctx.base_id}
-    return Inputs(
-        delta,
-        threshold_ref(ctx, delta),
-        Ref(scores.STAGE, scores.VERSION, {}, given),
-        Ref(projector.STAGE, projector.VERSION, {}, given),
-    )
+    made_up = {s.role: Ref(s.name, s.version, {}, given) for s in (SCORES, PROJECTOR)}
+    known = Keys(made_up)
+    for stage in (DELTA, THRESHOLD, APPLY):
+        known = known | Keys({stage.role: stage.ref(ctx, known)})
+    return known
 
 
 def prepare(ctx: Context) -> None:
     """Delta and thresholds as a merge makes them; scores of 1 and random bases."""
-    refs, store, base = inputs(ctx), ctx.store, ctx.pair().base
-    build_delta(ctx, refs.delta)
-    build_threshold(ctx, refs.threshold, refs.delta)
+    known, store, base = keys(ctx), ctx.store, ctx.pair().base
+    DELTA.build(ctx, known)
+    THRESHOLD.build(ctx, known)
 
     def gains(draft: Draft) -> None:
         sums = GainSums(p=1.0, base2=1.0, numel=1.0)
         for layer, slots in base.layers():
             rows = [
-                (slot.tensor_name(e), slot.component, [getattr(sums, c) for c in scores.COLUMNS])
+                (slot.tensor_name(e), slot.component, [getattr(sums, c) for c in COLUMNS])
                 for slot in gated(slots)
                 for e in range(len(base.pieces[slot.name]))
             ]
             with draft.unit(unit_name(layer)) as unit:
-                write_table(unit, "tensors", scores.COLUMNS, rows)
+                write_table(unit, "tensors", COLUMNS, rows)
 
     def bases(draft: Draft) -> None:
         width = base.config["hidden_size"]
         for layer in range(base.num_layers):
             with draft.unit(unit_name(layer)) as unit:
-                for site in projector.sites_in_use(base.layout, "published"):
+                for site in sites_in_use(base.layout, "published"):
                     if site.name != "linattn_inner":
                         generator = torch.Generator().manual_seed(layer)
                         rows = torch.randn(width, RANK, generator=generator)
@@ -129,14 +129,14 @@ def prepare(ctx: Context) -> None:
                         unit.write(f"{site.name}.sigma", sigma)
                         unit.write(f"{site.name}.rows", torch.tensor([4096]))
 
-    store.build(refs.scores, scores.SCHEMA, gains)
-    store.build(refs.projector, projector.SCHEMA, bases)
+    assert SCORES.schema is not None and PROJECTOR.schema is not None
+    store.build(known[SCORES], SCORES.schema, gains)
+    store.build(known[PROJECTOR], PROJECTOR.schema, bases)
 
 
 def apply(ctx: Context) -> None:
     """This project's stage."""
-    refs = inputs(ctx)
-    build_apply(ctx, apply_ref(ctx, refs), refs)
+    APPLY.build(ctx, keys(ctx))
 
 
 def copy(ctx: Context, *, sync: bool) -> None:
@@ -162,7 +162,7 @@ def loop(ctx: Context) -> None:
     tensor by tensor subtract, take the median, threshold, project, add, save."""
     ctx.output.mkdir()
     device, base = ctx.torch_device, ctx.pair().base
-    artifact = ctx.store.open(inputs(ctx).projector)
+    artifact = ctx.store.open(keys(ctx)[PROJECTOR])
     found: dict[str, tuple[Tensor, Tensor]] = {}
     for file in sorted(ctx.base.glob("*.safetensors")):
         ours, theirs = load_file(file), load_file(ctx.donor / file.name)
@@ -179,7 +179,7 @@ def loop(ctx: Context) -> None:
             if slot.site is not None and not slot.site.extended:
                 key = f"{slot.unit} {slot.site.name}"
                 if key not in found:
-                    v, sigma = projector.read_basis(artifact, slot, slot.site, 0)  # type: ignore[misc]
+                    v, sigma = read_basis(artifact, slot, slot.site, 0)  # type: ignore[misc]
                     found[key] = v.to(device), protection(sigma, TAU).float().to(device)
                 v, w = found[key]
                 step = step - ((step @ v) * w) @ v.T

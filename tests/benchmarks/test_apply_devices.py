@@ -1,18 +1,20 @@
 """The pipeline's result does not depend on windows, threads or device."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from apply_case import context, inputs, prepare, write_pair
+from apply_case import context, keys, prepare, write_pair
 from test_scoring import qwen3_moe
 from torch import Tensor
 
-from crane_tasks.apply import make_editor
+from crane_tasks.apply.editor import make_editor
+from crane_tasks.apply.pipeline import Pipeline
+from crane_tasks.apply.windows import parts_of_entry
 from crane_tasks.models.files.safetensors_io import byte_view
-from crane_tasks.pipeline import Pipeline, parts_of_entry
-from crane_tasks.recipe import recipe_from
+from crane_tasks.recipe_file import recipe_from
 
 SMALL = dict(
     hidden_size=512, num_attention_heads=4, num_key_value_heads=2, head_dim=64,
@@ -38,8 +40,9 @@ def merged(
     data = ctx.recipe.model_dump(mode="json", exclude_unset=True)
     lm_head = {"scale": 0.5, "rows": {"<think>": 0.8}}
     data["merge"] = {"rounding": rounding, "embedding": {"scale": 0.1}, "lm_head": lm_head}
-    object.__setattr__(ctx, "recipe", recipe_from(data, (folder,), "generated"))
-    editor = make_editor(ctx, inputs(ctx))
+    recipe = recipe_from(data, (folder,), "generated")
+    ctx = replace(ctx, session=replace(ctx.session, recipe=recipe))
+    editor = make_editor(ctx, keys(ctx))
     parts = (p for e in editor.base.entries.values() for p in parts_of_entry(editor, e))
     found = {}
     for done in Pipeline(editor, window=window, threads=threads).run(parts):
@@ -62,7 +65,7 @@ def test_windows_and_threads_change_no_bit(
 
 def test_a_run_that_was_left_half_way_can_be_begun_again(folder: Path) -> None:
     ctx = context(folder, "cpu", 0.25, folder / "out")
-    editor = make_editor(ctx, inputs(ctx))
+    editor = make_editor(ctx, keys(ctx))
     pipeline = Pipeline(editor, window=1, threads=2)
     entries = list(editor.base.entries.values())
 

@@ -47,7 +47,7 @@ def end_family(pid: int) -> None:
 
 @dataclass
 class Site:
-    """A running `python -m flows.ui`."""
+    """A running `python -m flows.prefect.server`."""
 
     folder: Path
     port: int
@@ -184,7 +184,7 @@ def running(folder: Path) -> Iterator[Site]:
     """Start it in a folder and end it, with all that it started."""
     folder.mkdir(parents=True, exist_ok=True)
     port = free_port()
-    command = [sys.executable, "-m", "flows.ui", "--port", str(port), "--home", "home"]
+    command = [sys.executable, "-m", "flows.prefect.server", "--port", str(port), "--home", "home"]
     with (folder / "ui.log").open("w") as log:
         process = subprocess.Popen(
             command, cwd=folder, stdout=log, stderr=log, text=True, start_new_session=True

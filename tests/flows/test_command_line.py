@@ -12,44 +12,27 @@ from typing import Any
 
 import pytest
 import torch
+from bench import Bench as Shared
 from conftest import TinyPair, load_tensors, save_tensors
 from crane_process import INTERRUPT, crane, reached, script, stopped
 
-from flows.merge import STAGES
+from crane_tasks.method import NAMES
 
 Pairs = Callable[[str], TinyPair]
 MERGE_KEYS = {"name", "output", "alpha", "tau", "stages", "scores", "edit", "evaluation"}
 STAGE_KEYS = {"name", "status", "seconds", "key", "path"}
 
 
-@dataclass(frozen=True)
-class Bench:
+class Bench(Shared):
     """A pair, merged once by the command line."""
-
-    pair: TinyPair
-    folder: Path
-    result: dict[str, Any]
-
-    @property
-    def store(self) -> Path:
-        return self.folder / "store"
 
     @property
     def output(self) -> Path:
         return self.folder / "out"
 
-    def artifacts(self) -> set[str]:
-        """Everything in the store but locks and the memo of digests."""
-        return {
-            p.relative_to(self.store).as_posix()
-            for p in self.store.glob("*/*")
-            if not p.name.startswith(".lock")
-        }
-
     def run(self, command: str, *args: object) -> Any:
         """A command on the pair's recipe and store, as JSON."""
-        recipe = self.pair.recipe_file
-        return crane(self.folder, command, recipe, "--store", self.store, "--json", *args).json()
+        return self.crane(command, "--json", *args).json()
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +50,7 @@ def test_merge_prints_one_json_object_with_the_promised_keys(bench: Bench) -> No
     assert found.keys() >= MERGE_KEYS
     assert (found["name"], found["alpha"], found["tau"]) == ("tiny-random", 0.5, 0.03)
     assert found["output"] == str(bench.output)
-    assert [s["name"] for s in found["stages"]] == list(STAGES)
+    assert [s["name"] for s in found["stages"]] == list(NAMES)
     for stage in found["stages"]:
         assert stage.keys() == STAGE_KEYS
         assert stage["status"] == "computed"
@@ -96,14 +79,14 @@ def test_without_json_a_person_gets_a_summary_and_progress_goes_to_stderr(bench:
                   "--output", bench.output)  # fmt: skip
     assert ended.code == 0
     assert str(bench.output) in ended.out and "Report" in ended.out
-    assert all(stage in ended.err for stage in STAGES)
+    assert all(stage in ended.err for stage in NAMES)
     assert "reused" not in ended.out
 
 
 def test_plan_says_what_changed_and_writes_no_artifact(bench: Bench) -> None:
     before = bench.artifacts()
     plan = {s["name"]: s for s in bench.run("plan", "--output", bench.output)["stages"]}
-    assert list(plan) == list(STAGES)
+    assert list(plan) == list(NAMES)
     assert {s["status"] for s in plan.values()} == {"reused"}
     found = bench.run("plan", "--output", bench.output, "--alpha", "0.111", "--set",
                       "projector.rank=5")  # fmt: skip
@@ -155,7 +138,7 @@ def test_the_store_is_listed_shown_verified_and_cleaned(bench: Bench, tmp_path: 
         return crane(tmp_path, "store", *args, "--store", copy, "--json")
 
     listed = store("ls").json()
-    assert {r["stage"] for r in listed} >= set(STAGES)
+    assert {r["stage"] for r in listed} >= set(NAMES)
     key = next(r["key"] for r in listed if r["stage"] == "delta")
     shown = store("show", key[:8]).json()
     assert (shown["key"], shown["stage"]) == (key, "delta")

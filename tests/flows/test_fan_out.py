@@ -10,11 +10,13 @@ from prefect_site import wait_until
 
 from artifacts.store import Store
 from crane_tasks.errors import RecipeError
+from crane_tasks.session import Session
 from flows.merge import Merged, merge
+from flows.opening import open_session
 from flows.sweep import sweep
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-PRELOAD = ["distributed", "prefect_dask", "flows.prefect_flow", "flows.sweep", "matplotlib.pyplot",
+PRELOAD = ["distributed", "prefect_dask", "flows.prefect.flows", "flows.sweep", "matplotlib.pyplot",
            "transformers.models.qwen3_moe.modeling_qwen3_moe"]  # fmt: skip
 GRID = {"alphas": [0.2, 0.4], "taus": [0.01]}
 
@@ -50,13 +52,11 @@ def unit_names() -> list[str]:
 
 
 def spread_merge(pair: TinyPair, workers: str, store: Path, output: Path, *more: str) -> Merged:
-    from flows.prefect_flow import run_merge
+    from flows.prefect.flows import merge_in_prefect
 
-    return run_merge(
-        str(pair.recipe_file), alpha=None, tau=None,
-        assignments=[f"run.workers={workers}", "run.shard_size=60000", *more],
-        output=str(output), store=str(store), force=False,
-    )  # fmt: skip
+    changes = [f"run.workers={workers}", "run.shard_size=60000", *more]
+    file = str(pair.recipe_file)
+    return merge_in_prefect(open_session(file, changes, output=output, store=store), file, changes)
 
 
 def numbers(store: Path) -> dict[str, Any]:
@@ -78,7 +78,7 @@ def test_two_workers_give_the_bits_of_one_process(
 ) -> None:
     spread = spread_merge(moe_pair, cluster, tmp_path / "s2", tmp_path / "o2")
     recipe = moe_pair.recipe(f"run.output={tmp_path / 'o1'}", "run.shard_size=60000")
-    alone = merge(recipe, Store(tmp_path / "s1"))
+    alone = merge(Session(recipe, Store(tmp_path / "s1")))
     ours, theirs = load_tensors(tmp_path / "o1"), load_tensors(tmp_path / "o2")
     assert ours.keys() == theirs.keys()
     assert all(ours[n].equal(theirs[n]) for n in ours)
@@ -93,8 +93,8 @@ def test_points_of_a_sweep_are_measured_by_workers(
     moe_pair: TinyPair, server: None, tmp_path: Path
 ) -> None:
     """By a cluster that the run starts itself, from the number of processes."""
-    from flows.prefect_flow import result_of, sweep_flow
-    from flows.prefect_forms import SweepSettings
+    from flows.prefect.flows import result_of, sweep_flow
+    from flows.prefect.forms import SweepSettings
 
     settings = SweepSettings(overrides=["run.workers=2"], store=str(tmp_path / "s2"))
     state = sweep_flow(
@@ -103,7 +103,7 @@ def test_points_of_a_sweep_are_measured_by_workers(
     )  # fmt: skip
     found = result_of(state)
     alone = sweep(
-        moe_pair.recipe(), Store(tmp_path / "s1"), GRID["alphas"], GRID["taus"],
+        Session(moe_pair.recipe(), Store(tmp_path / "s1")), GRID["alphas"], GRID["taus"],
         folder=tmp_path / "o1",
     )  # fmt: skip
     assert [p.status for p in found.points] == ["computed", "computed"]

@@ -13,8 +13,8 @@ import torch
 from conftest import TinyPair, load_tensors
 from crane_process import DEADLINE, KILL, crane, reached, script, stopped
 
+from crane_tasks.apply.output import shard_plan
 from crane_tasks.models.files.checkpoint import Checkpoint
-from crane_tasks.output import shard_plan
 
 Pairs = Callable[[str], TinyPair]
 POINTS = [("delta", 1), ("calibration", 1), ("scores", 2), ("threshold", 1), ("projector", 1),

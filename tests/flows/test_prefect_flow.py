@@ -13,11 +13,15 @@ from uuid import UUID
 import pytest
 import torch
 from conftest import TinyPair, load_tensors, save_tensors
-from prefect_site import free_port, wait_until
+from prefect_graph import task_runs
+from prefect_site import free_port
 
 from artifacts.store import Store
 from artifacts.tensors import chunk_files
-from flows.merge import STAGES, merge
+from crane_tasks.method import NAMES
+from crane_tasks.session import Session
+from flows.merge import merge
+from flows.opening import open_session
 
 # Prefect's own imports and its server warn of many things that are not ours.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -26,35 +30,11 @@ Pairs = Callable[[str], TinyPair]
 
 def run(pair: TinyPair, folder: Path) -> Any:
     """The merge as a flow."""
-    from flows.prefect_flow import run_merge
+    from flows.prefect.flows import merge_in_prefect
 
-    return run_merge(
-        str(pair.recipe_file),
-        alpha=0.4,
-        tau=None,
-        assignments=["name=as-a-flow"],
-        output=str(folder / "out"),
-        store=str(folder / "store"),
-        force=False,
-    )
-
-
-def task_runs(done: set[UUID], count: int = 0) -> list[Any]:
-    """The task runs that the server knows, in the order of their start, but those of before.
-
-    It hears of them a while after the flow's end: wait until so many of them have ended.
-    """
-    from prefect.client.orchestration import get_client
-
-    def fresh() -> list[Any] | None:
-        with get_client(sync_client=True) as client:
-            found = [r for r in client.read_task_runs() if r.id not in done]
-        ended = [r for r in found if r.state is not None and r.state.is_final()]
-        return found if len(ended) >= count else None
-
-    runs: list[Any] = wait_until(lambda: [r] if (r := fresh()) is not None else None, "runs")[0]
-    done |= {r.id for r in runs}
-    return sorted(runs, key=lambda r: r.start_time)
+    changes, file = ["name=as-a-flow"], str(pair.recipe_file)
+    place = {"output": folder / "out", "store": folder / "store"}
+    return merge_in_prefect(open_session(file, changes, alpha=0.4, **place), file, changes)
 
 
 def test_the_flow_gives_the_same_bits_and_shows_what_was_reused(
@@ -64,21 +44,21 @@ def test_the_flow_gives_the_same_bits_and_shows_what_was_reused(
     done: set[UUID] = set()
     task_runs(done)
     first = run(pair, tmp_path)
-    assert [b.ref.stage for b in first.stages] == list(STAGES)
+    assert [b.ref.stage for b in first.stages] == list(NAMES)
     assert {b.status for b in first.stages} == {"computed"}
-    seen = task_runs(done, len(STAGES) + 1)
-    names = [f"as-a-flow: {stage}" for stage in STAGES]
+    seen = task_runs(done, len(NAMES) + 1)
+    names = [f"as-a-flow: {stage}" for stage in NAMES]
     assert sorted(r.name for r in seen) == sorted([*names, "as-a-flow: inputs"])
     assert {r.state.name for r in seen} == {"Completed"}
 
     again = run(pair, tmp_path)
     assert {b.status for b in again.stages} == {"reused"}
-    seen = task_runs(done, len(STAGES) + 1)
+    seen = task_runs(done, len(NAMES) + 1)
     cached = {r.name: r.state.type.value for r in seen if r.state.name == "Cached"}
     assert cached == dict.fromkeys(names, "COMPLETED")
 
     recipe = pair.recipe("alpha=0.4", "name=as-a-flow", f"run.output={tmp_path / 'plain'}")
-    plain = merge(recipe, Store(tmp_path / "other"))
+    plain = merge(Session(recipe, Store(tmp_path / "other")))
     ours, theirs = again.as_json(), plain.as_json()
     for part in ("scores", "edit", "evaluation"):
         assert ours[part] == theirs[part]
@@ -134,21 +114,25 @@ class Flaky:
 
 def attempt(work: Flaky) -> Any:
     """Run work as a task of a flow, with three further attempts at once."""
-    from prefect import flow
+    from prefect import flow, task
     from prefect.states import Completed
 
-    from flows.prefect_stages import TaskStages, refusing
+    from flows.prefect.tasks import OPTIONS, refusing, result_of
+    from flows.prefect.tasks import attempt as attempted
+
+    @task(name="work", **OPTIONS | {"retry_delay_seconds": [0.0, 0.0, 0.0]})
+    def once() -> Any:
+        return attempted("work", lambda: Completed(data=work()))
 
     @flow(name="attempts", persist_result=False)
     def attempts() -> Any:
-        stages = TaskStages("tiny", waits=(0.0, 0.0, 0.0))
-        return refusing(lambda: stages.run("work", work, lambda _: Completed()))
+        return refusing(lambda: result_of(once(return_state=True)))
 
     return attempts(return_state=True)
 
 
 def test_a_full_disk_is_tried_again_a_bounded_number_of_times(server: None) -> None:
-    from flows.prefect_stages import result_of
+    from flows.prefect.tasks import result_of
 
     full = OSError(errno.ENOSPC, "No space left on device", "/store")
     freed = Flaky(2, full)
@@ -163,7 +147,7 @@ def test_a_full_disk_is_tried_again_a_bounded_number_of_times(server: None) -> N
 
 def test_bad_input_is_told_once_and_never_tried_again(server: None) -> None:
     from crane_tasks.errors import DataError
-    from flows.prefect_stages import result_of
+    from flows.prefect.tasks import result_of
 
     done: set[UUID] = set()
     task_runs(done)
@@ -188,6 +172,6 @@ def test_a_damaged_artifact_is_computed_again_within_the_flow(
     shutil.rmtree(tmp_path / "out")
     again = run(pair, tmp_path)
     status = {b.ref.stage: b.status for b in again.stages}
-    assert {s for s in STAGES if status[s] != "reused"} == {"threshold", "apply"}
+    assert {s for s in NAMES if status[s] != "reused"} == {"threshold", "apply"}
     found = load_tensors(tmp_path / "out")
     assert all(torch.equal(found[name], before[name]) for name in before)

@@ -14,10 +14,10 @@ DEPLOYMENTS = Path(__file__).parents[2] / "prefect.yaml"
 
 
 def flows_by_entrypoint() -> dict[str, Any]:
-    from flows import prefect_flow as module
+    from flows.prefect import flows as module
 
     names = ("merge_flow", "sweep_flow", "evaluate_flow")
-    return {f"flows.prefect_flow.{name}": getattr(module, name) for name in names}
+    return {f"flows.prefect.flows.{name}": getattr(module, name) for name in names}
 
 
 def deployments() -> list[dict[str, Any]]:
@@ -32,8 +32,9 @@ def test_every_flow_is_deployed_into_the_one_pool_and_its_form_is_enforced() -> 
 
 
 def test_schedules_are_paused_and_their_parameters_are_what_the_flow_and_its_recipe_take() -> None:
-    from flows.opening import open_recipe
-    from flows.sweep import read_requirement, spots
+    from crane_tasks.evaluate.choice import read_requirement
+    from flows.grid import spots
+    from flows.opening import open_session
 
     schedules = [(d, s) for d in deployments() for s in d.get("schedules", [])]
     assert len({s["slug"] for _, s in schedules}) == len(schedules) >= 2
@@ -42,14 +43,14 @@ def test_schedules_are_paused_and_their_parameters_are_what_the_flow_and_its_rec
         flow = flows_by_entrypoint()[deployment["entrypoint"]]
         given = {**deployment.get("parameters", {}), **schedule["parameters"]}
         taken = flow.validate_parameters(given)
-        recipe, _ = open_recipe(taken["recipe"])
+        recipe = open_session(taken["recipe"]).recipe
         assert spots(recipe, taken["alphas"], taken["taus"], [], Path("sweep"))
         assert [read_requirement(text) for text in taken["require"]]
 
 
 def test_the_form_offers_every_shipped_recipe() -> None:
     from flows.opening import shipped_recipes
-    from flows.prefect_forms import ShippedRecipe
+    from flows.prefect.forms import ShippedRecipe
 
     assert sorted(get_args(ShippedRecipe)) == sorted(shipped_recipes())
 
@@ -65,15 +66,15 @@ def test_every_field_has_a_title_and_help_and_no_number_starts_as_null() -> None
 
 
 def test_what_is_left_empty_is_the_recipes() -> None:
-    from flows.prefect_flow import merge_flow
-    from flows.prefect_forms import opened
+    from flows.prefect.flows import merge_flow
+    from flows.prefect.forms import opened
 
     taken = merge_flow.validate_parameters({})
-    recipe, _ = opened(taken["recipe"], taken["recipe_file"], taken["advanced"])
+    recipe = opened(taken["recipe"], taken["recipe_file"], taken["advanced"]).recipe
     assert (recipe.name, recipe.alpha, recipe.run.device) == ("tiny", 0.65, "auto")
     changed = {"advanced": {"overrides": ["projector.rank=7"], "device": "cpu"}, "alpha": 0.2}
     taken = merge_flow.validate_parameters(changed)
-    recipe, _ = opened("tiny", " ", taken["advanced"], alpha=taken["alpha"])
+    recipe = opened("tiny", " ", taken["advanced"], alpha=taken["alpha"]).recipe
     assert (recipe.alpha, recipe.projector.rank, recipe.run.device) == (0.2, 7, "cpu")
     with pytest.raises(RecipeError, match="no such recipe"):
         opened("tiny", "nowhere.yaml", taken["advanced"])
@@ -85,18 +86,16 @@ def test_what_is_left_empty_is_the_recipes() -> None:
 def test_a_wrong_value_is_refused(wrong: dict[str, Any]) -> None:
     from prefect.exceptions import ParameterTypeError
 
-    from flows.prefect_flow import merge_flow
+    from flows.prefect.flows import merge_flow
 
     with pytest.raises(ParameterTypeError, match=next(iter(wrong))):
         merge_flow.validate_parameters(wrong)
 
 
-def test_a_command_line_is_the_same_form() -> None:
-    from flows.prefect_forms import as_form
+def test_what_replaces_another_merge_is_asked_for_in_the_form() -> None:
+    from flows.prefect.flows import merge_flow
+    from flows.prefect.forms import opened
 
-    rest: dict[str, Any] = dict(alpha=None, tau=0.1, assignments=["gate.baseline=ffn"],
-                                output=None, store="s", force=True)  # fmt: skip
-    form = as_form("crane-30b", **rest)
-    assert (form["recipe"], form["recipe_file"], form["tau"]) == ("crane-30b", "", 0.1)
-    assert form["advanced"].assignments() == ["gate.baseline=ffn"] and form["advanced"].force
-    assert as_form("my.yaml", **rest)["recipe_file"] == "my.yaml"
+    for force in (False, True):
+        taken = merge_flow.validate_parameters({"advanced": {"force": force}})
+        assert opened("tiny", "", taken["advanced"]).force is force

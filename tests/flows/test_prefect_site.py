@@ -16,7 +16,9 @@ from crane_process import reached
 from prefect_site import Site, end_family, running, wait_until
 
 from artifacts.store import Store
-from flows.merge import STAGES, merge
+from crane_tasks.method import NAMES
+from crane_tasks.session import Session
+from flows.merge import merge
 
 Pairs = Callable[[str], TinyPair]
 
@@ -54,7 +56,7 @@ class Job:
         """What the merge gives when nobody disturbs it."""
         place = self.folder / "undisturbed"
         recipe = self.pair.recipe(f"run.output={place}", "run.shard_size=20KB")
-        merge(recipe, Store(self.folder / "other"))
+        merge(Session(recipe, Store(self.folder / "other")))
         return files(place)
 
 
@@ -66,7 +68,7 @@ def job(pairs: Pairs, tmp_path: Path) -> Job:
 def on_disk(store: Path) -> dict[str, str]:
     """What the next run must say of each stage, from what lies in the store."""
     found = {}
-    for stage in STAGES:
+    for stage in NAMES:
         if stage == "calibration":  # three artifacts in one stage
             continue
         if any((store / stage).glob("[!.]*/manifest.json")):
@@ -197,7 +199,7 @@ def test_schedules_come_paused_and_the_pool_takes_one_run_at_a_time(site: Site) 
 
 
 def test_a_taken_port_is_named_and_nothing_is_left_running(site: Site, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "flows.ui", "--port", str(site.port)]
+    command = [sys.executable, "-m", "flows.prefect.server", "--port", str(site.port)]
     ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert ended.returncode == 1
     assert f"port {site.port} is taken" in ended.stderr and "Traceback" not in ended.stderr

@@ -9,7 +9,7 @@ from conftest import TinyPair
 from crane_process import crane, script
 
 from artifacts.store import Store
-from crane_tasks.evaluate import read_comparison
+from crane_tasks.evaluate.stage import read_comparison
 
 ALPHAS = (0.2, 0.5, 0.8, 1.1)
 

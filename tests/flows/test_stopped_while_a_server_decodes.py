@@ -13,7 +13,7 @@ from completions_server import Reply, Request, Served, outspoken, running, write
 from conftest import TinyPair
 from crane_process import DEADLINE, INTERRUPT, KILL, crane, stopped
 
-from crane_tasks.calibration import DECODE_BATCH
+from crane_tasks.calibration.targets import DECODE_BATCH
 
 Pairs = Callable[[str], TinyPair]
 ROWS = 2 * DECODE_BATCH + 3

@@ -6,12 +6,11 @@ import re
 import shutil
 import signal
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from bench import Bench as Shared
 from conftest import TinyPair, load_tensors
 from crane_process import KILL, Ended, crane, stopped
 
@@ -22,29 +21,16 @@ POINT_KEYS = {"name", "alpha", "tau", "set", "status", "seconds", "key", "metric
               "meets"}  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Bench:
+class Bench(Shared):
     """A pair that was swept once by the command line."""
-
-    pair: TinyPair
-    folder: Path
-    result: dict[str, Any]
-
-    @property
-    def store(self) -> Path:
-        return self.folder / "store"
 
     @property
     def output(self) -> Path:
         return self.folder / "grid"
 
-    def artifacts(self) -> set[str]:
-        found = self.store.glob("*/*")
-        return {str(p.relative_to(self.store)) for p in found if not p.name.startswith(".lock")}
-
     def run(self, *args: object, command: str = "sweep") -> Ended:
         """A command on the pair's recipe and store."""
-        return crane(self.folder, command, self.pair.recipe_file, "--store", self.store, *args)
+        return self.crane(command, *args)
 
 
 @pytest.fixture(scope="module")

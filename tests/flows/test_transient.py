@@ -10,7 +10,7 @@ from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, Reposit
 
 from artifacts.errors import DamagedArtifact
 from crane_tasks.errors import CheckpointError, RecipeError, ScoreError
-from flows.transient import is_transient, naming_full_disk
+from flows.faults import is_transient, naming_full_disk
 
 REQUEST = httpx.Request("GET", "http://hub/model")
 

@@ -5,18 +5,31 @@ The inputs are coarse sines, not random numbers: the same on every machine and r
 
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from conftest import write_tokenizer
 from plain_sums import edit_sums, gain_sums
-from torch import Tensor
+from torch import Tensor, nn
 
-from crane_tasks import apply, calibration, delta, projector, scores, threshold
+from crane_tasks.apply.editor import SLERP_SHARE
+from crane_tasks.apply.forecast import group_row
+from crane_tasks.calibration.format import format_mask
+from crane_tasks.calibration.sets import TokenSet
+from crane_tasks.delta import decode, encode
+from crane_tasks.evaluate.measure import format_positions
+from crane_tasks.evaluate.metrics import METRICS, Answers, Measured, table_identity
+from crane_tasks.method import ARTIFACTS
+from crane_tasks.models.files.tokenizer import load_tokenizer
+from crane_tasks.models.walk.gradients import Accumulator
 from crane_tasks.numerics.projector import basis_from_gram, gram, project, protection
 from crane_tasks.numerics.rounding import round_stochastic, seed_of
 from crane_tasks.numerics.scores import GainSums, normalised, pooled
 from crane_tasks.numerics.slerp import slerp
 from crane_tasks.numerics.threshold import keep_above, median_magnitude
+from crane_tasks.scores.gradients import KEPT
 
 Numbers = dict[str, Any]
 
@@ -35,7 +48,7 @@ def calibration_case() -> Numbers:
     offsets = [(i, min(i + 3, len(text))) for i in range(0, len(text), 3)]
     patterns = ["<tool_call>", "</tool_call>", "<|im_end|>"]
     return {
-        f"radius {radius}": calibration.format_mask(text, offsets, patterns, radius).int().tolist()
+        f"radius {radius}": format_mask(text, offsets, patterns, radius).int().tolist()
         for radius in (0, 1, 3)
     }
 
@@ -44,12 +57,12 @@ def delta_case() -> Numbers:
     """The stored code, and the delta it gives back."""
     base = wave(6, seed=0.1).to(torch.bfloat16)
     donor = (base.float() + wave(6, seed=0.2, scale=0.02)).to(torch.bfloat16)
-    code = delta.encode(base, donor)
-    mixed = delta.encode(base, donor.float())
+    code = encode(base, donor)
+    mixed = encode(base, donor.float())
     return {
         "code": code.view(torch.int16).tolist(),
-        "delta": delta.decode(base, code).tolist(),
-        "delta of unlike dtypes": delta.decode(base, mixed).tolist(),
+        "delta": decode(base, code).tolist(),
+        "delta of unlike dtypes": decode(base, mixed).tolist(),
     }
 
 
@@ -138,8 +151,6 @@ def apply_case() -> Numbers:
 
 def apply_share() -> float:
     """The share of alpha by which a router moves under slerp."""
-    from crane_tasks.edit import SLERP_SHARE
-
     return SLERP_SHARE
 
 
@@ -148,14 +159,76 @@ def bits(values: Tensor) -> list[int]:
     return list(values.flatten().view(torch.int16).tolist())
 
 
-# stage -> (the VERSION that its keys carry, its case)
-CASES: dict[str, tuple[int, Callable[[], Numbers]]] = {
-    "calibration": (calibration.VERSION, calibration_case),
-    "delta": (delta.VERSION, delta_case),
-    "threshold": (threshold.VERSION, threshold_case),
-    "scores": (scores.VERSION, scores_case),
-    "projector": (projector.VERSION, projector_case),
-    "apply": (apply.VERSION, apply_case),
+def gradients_case() -> Numbers:
+    """A set's gradient over three batches, rounded once to the kept form."""
+    weight = nn.Parameter(wave(3, 4, seed=4.0).to(torch.bfloat16))
+    sums = Accumulator({"weight": weight})
+    for batch in range(3):
+        torch.autograd.backward((weight * wave(3, 4, seed=4.1 + batch, scale=1e-2)).sum())
+    return {"kept": bits(sums.result(KEPT)["weight"])}
+
+
+def forecast_case() -> Numbers:
+    """Σ g T(δ), what of it lies along each direction, and what a projection takes of that."""
+    step, gradient = wave(3, 6, seed=5.0, scale=0.02), wave(3, 6, seed=5.1, scale=1e-2)
+    rows = format_rows()
+    basis = basis_from_gram(gram(rows), rows.shape[0], rank=4, cutoff=1e-5)
+    along = group_row(step, gradient, basis.directions)
+    removed = float(along[1:] @ protection(basis.sigma, 0.03))
+    return {"alone": group_row(step, gradient, None).tolist(), "along": along.tolist(),
+            "removed": removed}  # fmt: skip
+
+
+def measure_case() -> Numbers:
+    """Which positions of a target predict a format token."""
+    with TemporaryDirectory() as folder:
+        write_tokenizer(Path(folder))
+        tokenizer = load_tokenizer(Path(folder))
+    text = "<|im_start|>user\nadd<|im_end|>\n<tool_call>{}</tool_call> more<|im_end|>"
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    patterns = ["<tool_call>", "</tool_call>", "<|im_end|>"]
+    found = {}
+    for length in (4, 12, len(ids) - 1):
+        tokens = TokenSet([torch.tensor(ids)], [length], [], [])
+        found[f"target of {length}"] = format_positions(patterns, tokenizer, tokens)[0].tolist()
+    return found
+
+
+def evaluate_case() -> Numbers:
+    """Every metric of a model with some right and some wrong answers."""
+    call = '<tool_call>\n{"name": "add", "arguments": {"x": 1}}\n</tool_call>'
+    measured = Measured(
+        {"reasoning": 0.5, "agent": 0.25},
+        {
+            "agent": Answers([call, call.replace("1", "2"), "no", call + "<think>"], [call] * 4,
+                             [20, 20, 2, 21]),
+            "reasoning": Answers(["<think>a</think> 4", "5", "<think>b"], ["4", "4", "b"],
+                                 [8, 2, 3]),
+        },
+        0.125,
+    )  # fmt: skip
+    return {metric.name: metric.compute(measured) for metric in METRICS}
+
+
+def version_of(name: str) -> Any:
+    """What the keys of a stage carry of its formulas' versions."""
+    versions = {stage.version for stage in ARTIFACTS if stage.name == name}
+    assert len(versions) == 1, f"{name}: stages of one name have one version"
+    # The metrics have versions of their own.
+    return [*versions, *table_identity()] if name == "evaluate" else versions.pop()
+
+
+CASES: dict[str, Callable[[], Numbers]] = {
+    "calibration": calibration_case,
+    "delta": delta_case,
+    "threshold": threshold_case,
+    "gradients": gradients_case,
+    "scores": scores_case,
+    "projector": projector_case,
+    "forecast": forecast_case,
+    "apply": apply_case,
+    "measure": measure_case,
+    "evaluate": evaluate_case,
 }
 
 

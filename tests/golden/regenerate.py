@@ -1,6 +1,6 @@
 """Write the golden results anew: `python tests/golden/regenerate.py`.
 
-Refuses a stage whose numbers changed while its VERSION did not: raise that first.
+Refuses a stage whose numbers changed while its version did not: raise that first.
 """
 
 import json
@@ -10,13 +10,14 @@ from pathlib import Path
 FOLDER = Path(__file__).parent
 sys.path.insert(0, str(FOLDER.parent))  # what the tests share
 
-from golden_cases import CASES, differences  # noqa: E402
+from golden_cases import CASES, differences, version_of  # noqa: E402
 
 
 def main() -> int:
     """Returns the process's exit code: 1 if a stage was refused."""
     refused = 0
-    for stage, (version, case) in CASES.items():
+    for stage, case in CASES.items():
+        version = version_of(stage)
         file = FOLDER / f"{stage}.json"
         numbers = case()
         if file.exists():
@@ -24,8 +25,8 @@ def main() -> int:
             changed = differences(numbers, stored["numbers"])
             if changed and stored["version"] == version:
                 sys.stderr.write(
-                    f"{stage}: numbers changed ({changed[0]}), but VERSION is still {version} in "
-                    f"crane_tasks/{stage}.py. Raise it, so that old artifacts are not reused.\n"
+                    f"{stage}: numbers changed ({changed[0]}), but its version is still "
+                    f"{version}. Raise it, so that old artifacts are not reused.\n"
                 )
                 refused = 1
                 continue

@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from golden_cases import CASES, differences
+from golden_cases import CASES, differences, version_of
+
+from crane_tasks.method import ARTIFACTS
 
 FOLDER = Path(__file__).parent
 
@@ -17,16 +19,16 @@ def stored(stage: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("stage", CASES)
 def test_the_numbers_of_a_version_never_change(stage: str) -> None:
-    version, case = CASES[stage]
-    golden = stored(stage)
-    changed = differences(case(), golden["numbers"])
+    version, golden = version_of(stage), stored(stage)
+    changed = differences(CASES[stage](), golden["numbers"])
     if changed and version == golden["version"]:
         pytest.fail(
-            f"{stage}: numbers changed while VERSION is still {version}: {'; '.join(changed[:5])}. "
-            f"Raise VERSION in crane_tasks/{stage}.py, then see tests/golden/README.md."
+            f"{stage}: numbers changed while its version is still {version}: "
+            f"{'; '.join(changed[:5])}. Raise the stage's `version` (or the metric's), then see "
+            "tests/golden/README.md."
         )
     assert version == golden["version"], (
-        f"{stage}: VERSION is {version}, the golden result is of {golden['version']}; "
+        f"{stage}: its version is {version}, the golden result is of {golden['version']}; "
         "run python tests/golden/regenerate.py"
     )
     assert not changed
@@ -34,12 +36,12 @@ def test_the_numbers_of_a_version_never_change(stage: str) -> None:
 
 @pytest.mark.parametrize("stage", CASES)
 def test_a_case_gives_the_same_numbers_each_time(stage: str) -> None:
-    _, case = CASES[stage]
-    assert case() == case()
+    assert CASES[stage]() == CASES[stage]()
 
 
-def test_every_golden_file_has_its_case() -> None:
-    assert {file.stem for file in FOLDER.glob("*.json")} == CASES.keys()
+def test_every_stage_has_its_case_and_its_golden_file() -> None:
+    assert CASES.keys() == {stage.name for stage in ARTIFACTS}
+    assert CASES.keys() == {file.stem for file in FOLDER.glob("*.json")}
 
 
 def test_differences_are_found_wherever_they_are() -> None:

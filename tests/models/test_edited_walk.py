@@ -11,7 +11,7 @@ from torch import Tensor
 from crane_tasks.models.decoding.greedy import decode_greedily, load_resident
 from crane_tasks.models.files.checkpoint import Checkpoint
 from crane_tasks.models.walk.losses import Item, item_losses
-from crane_tasks.models.walk.overlay import Edit
+from crane_tasks.models.walk.overlay import Overlay
 from crane_tasks.models.walk.pace import WalkStep
 from crane_tasks.models.walk.stream import LayerStream
 
@@ -36,7 +36,7 @@ def opened(folder: Path, resident: bool | None = True, compute: str = "float32")
     )
 
 
-def towards(donor: Path) -> Edit:
+def towards(donor: Path) -> Overlay:
     """The edit whose result is the donor."""
     checkpoint = Checkpoint.open(donor)
 

@@ -13,7 +13,7 @@ from crane_tasks.models.files.checkpoint import Checkpoint
 from crane_tasks.models.files.layout import known_architectures, layer_of_unit, layout_of, unit_name
 from crane_tasks.models.files.safetensors_io import header_bytes
 
-# What DESIGN 1 says of a tensor, by the name within its layer, `*` for the expert:
+# What docs/method.md says of a tensor, by the name within its layer, `*` for the expert:
 # component, its own site, and whether that site is published.
 NORM = ("norm", None, False)
 ATTENTION = {

@@ -6,11 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TinyPair, load_tensors, save_tensors
-from tiny_merge import weight_bytes
+from tiny_merge import merged, weight_bytes
 
-from artifacts.store import Store
-from crane_tasks.gradients import read_gradient
-from flows.merge import Merged, merge
+from crane_tasks.scores.gradients import read_gradient
+from flows.merge import Merged
 
 Events = list[tuple[str, str]]
 
@@ -23,8 +22,7 @@ def watched(pair: TinyPair, store: Path, output: Path, *assignments: str) -> tup
         assert 0 <= done <= total
         events.append((stage, f"{bar}:{what}"))
 
-    recipe = pair.recipe(*assignments, f"run.output={output}")
-    return merge(recipe, Store(store), progress=progress), events
+    return merged(pair, store, output, *assignments, progress=progress), events
 
 
 def passes(events: Events) -> set[str]:
@@ -78,7 +76,7 @@ def test_what_is_kept_are_both_sets_gradients_of_every_gated_tensor(
     tiny_pair: TinyPair, tmp_path: Path
 ) -> None:
     result, _ = watched(tiny_pair, tmp_path / "store", tmp_path / "out")
-    kept = result.ctx.store.open(result.refs.gradients)
+    kept = result.ctx.store.open(result.keys.refs["gradients"])
     base = result.ctx.pair().base
     for slot in base.slots.values():
         if slot.component in ("embedding", "lm_head"):

@@ -1,4 +1,4 @@
-"""The merged weights are those of DESIGN 1, computed the plain way over the whole model."""
+"""The merged weights are those of docs/method.md, computed the plain way over the whole model."""
 
 from collections.abc import Callable
 from pathlib import Path

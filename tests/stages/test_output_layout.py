@@ -77,7 +77,7 @@ def test_the_card_the_recipe_and_the_provenance_are_ours(done: Done) -> None:
     assert (recipe["alpha"], recipe["tau"], recipe["name"]) == (0.5, 0.03, "tiny-random")
     assert "run" not in recipe
     record = json.loads((done.output / "crane.json").read_text())
-    assert record["apply"] == done.result.refs.apply.key
+    assert record["apply"] == done.result.keys.refs["apply"].key
     assert record["files"].keys() == {p.name for p in done.output.glob("*.safetensors")}
 
 

@@ -14,16 +14,17 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from artifacts.store import Store
-from crane_tasks.calibration import render
-from crane_tasks.check import load_tokenizer
-from crane_tasks.data import load_rows
+from crane_tasks.calibration.rendering import render
 from crane_tasks.models.files.checkpoint import Checkpoint
 from crane_tasks.models.files.layout import Slot
+from crane_tasks.models.files.tokenizer import load_tokenizer
 from crane_tasks.models.walk.losses import Item, item_losses
 from crane_tasks.models.walk.stream import LayerStream
 from crane_tasks.numerics.projector import project, protection
 from crane_tasks.numerics.threshold import keep_above, median_magnitude
-from crane_tasks.recipe import load_recipe
+from crane_tasks.recipe_file import load_recipe
+from crane_tasks.rows import load_rows
+from crane_tasks.session import Session
 from flows.merge import Merged, merge
 
 TAU = 0.03
@@ -78,7 +79,8 @@ def merges(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Referen
         if reference not in known:
             folder = tmp_path_factory.mktemp(reference.name)
             recipe = load_recipe(write_recipe(reference, folder))
-            known[reference] = Reference(reference, merge(recipe, Store(folder / "store")))
+            session = Session(recipe, Store(folder / "store"))
+            known[reference] = Reference(reference, merge(session))
         return known[reference]
 
     return get
@@ -128,7 +130,7 @@ def weighted_projector(directions: Tensor, sigma: Tensor) -> Tensor:
 
 def test_projectors_are_the_official_ones(run: Reference) -> None:
     official = load_file(run.official / "projectors.safetensors")
-    ours = run.merged.ctx.store.open(run.merged.refs.projector)
+    ours = run.merged.ctx.store.open(run.merged.keys.refs["projector"])
     names = sorted(n.removesuffix(".sigma") for n in official if n.endswith(".sigma"))
     assert len(names) == 12
     for name in names:  # layer_3_attn_input

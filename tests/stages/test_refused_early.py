@@ -14,7 +14,9 @@ from tiny_merge import merged, staged, statuses, weight_bytes
 from artifacts.store import Store
 from artifacts.tensors import chunk_files
 from crane_tasks.errors import BadInput, CheckpointError, RecipeError
-from flows.merge import STAGES, compute_scores
+from crane_tasks.method import NAMES
+from crane_tasks.session import Session
+from flows.merge import compute_scores
 
 
 def _edit_config(folder: Path, **changes: Any) -> None:
@@ -164,7 +166,7 @@ def test_scores_that_only_the_report_reads_are_mended(
     chunk = chunk_files(store.artifacts("scores")[0] / "data.zarr/layer.0/tensors")[0]
     chunk.write_bytes(chunk.read_bytes()[:-9])
     notices: list[str] = []
-    built, scores = compute_scores(pair.recipe(), store, notice=notices.append)
+    built, scores = compute_scores(Session(pair.recipe(), store, notice=notices.append))
     assert [b.status for b in built if b.ref.stage == "scores"] == ["computed"]
     assert len(notices) == 1 and scores.per_layer.keys() == {0, 1}
-    assert set(statuses(staged(pair, folder / "store", folder / "out"))) == set(STAGES)
+    assert set(statuses(staged(pair, folder / "store", folder / "out"))) == set(NAMES)

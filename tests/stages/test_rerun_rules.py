@@ -11,10 +11,10 @@ from tiny_merge import fused, merged, per_expert, same_bits, staged, statuses, w
 
 from artifacts.store import Store
 from artifacts.tensors import chunk_files
+from crane_tasks.apply.output import shard_plan
 from crane_tasks.errors import OutputError
+from crane_tasks.method import NAMES
 from crane_tasks.models.files.checkpoint import Checkpoint
-from crane_tasks.output import shard_plan
-from flows.merge import STAGES
 
 AFTER_SCORES = {"scores", "apply", "evaluate"}
 AFTER_PROJECTOR = {"projector", "apply", "evaluate"}
@@ -66,10 +66,10 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workshop]:
 
 
 def test_a_first_merge_computes_every_stage_and_its_repetition_none(workshop: Workshop) -> None:
-    assert statuses(workshop.first) == dict.fromkeys(STAGES, "computed")
+    assert statuses(workshop.first) == dict.fromkeys(NAMES, "computed")
     before = weight_bytes(workshop.output)
     again = merged(workshop.pair, workshop.store, workshop.output)
-    assert statuses(again) == dict.fromkeys(STAGES, "reused")
+    assert statuses(again) == dict.fromkeys(NAMES, "reused")
     assert weight_bytes(workshop.output) == before
     ours, theirs = again.as_json(), workshop.first.as_json()
     assert {k: ours[k] for k in ("scores", "edit", "evaluation")} == {
@@ -86,7 +86,7 @@ def test_a_change_recomputes_what_depends_on_it_and_nothing_else(
     found = statuses(staged(workshop.pair, workshop.store, output, *change.split(" ")))
     assert {stage for stage, status in found.items() if status == "computed"} == expected
     assert {stage for stage, status in found.items() if status == "reused"} == (
-        set(STAGES) - expected
+        set(NAMES) - expected
     )
 
 
@@ -186,8 +186,8 @@ READ = {
 def test_a_damaged_artifact_is_set_aside_and_computed_again(stage: str, workshop: Workshop) -> None:
     staged(workshop.pair, workshop.store, workshop.output)
     before = weight_bytes(workshop.output)
-    refs = workshop.first.refs
-    ref = refs.calibration.format if stage == "calibration" else getattr(refs, stage)
+    keys = workshop.first.keys
+    ref = keys.refs["format" if stage == "calibration" else stage]
     store = Store(workshop.store)
     chunk = chunk_files(store.path(ref) / "data.zarr" / READ[stage])[0]
     data = bytearray(chunk.read_bytes())
@@ -196,7 +196,7 @@ def test_a_damaged_artifact_is_set_aside_and_computed_again(stage: str, workshop
     # So that every stage before the output is read once more.
     shutil.rmtree(workshop.output)
     if stage == "calibration":
-        shutil.rmtree(store.path(refs.projector))
+        shutil.rmtree(store.path(keys.refs["projector"]))
     notices: list[str] = []
     again = staged(workshop.pair, workshop.store, workshop.output, notice=notices.append)
     assert len(notices) == 1

@@ -13,24 +13,21 @@ import pytest
 import torch
 from conftest import TinyPair
 from hypothesis import given
+from tiny_merge import asked
 
-from artifacts.store import Store
-from crane_tasks.behaviour import final_answer, tool_calls
-from crane_tasks.calibration import (
-    build_targets,
-    calibration_refs,
-    check_format,
-    check_targets,
-    format_mask,
-    read_set,
-)
-from crane_tasks.check import load_tokenizer
-from crane_tasks.context import Context, make_context
-from crane_tasks.data import Rows as DataRows
-from crane_tasks.data import load_rows
-from crane_tasks.edit import row_factors
+from crane_tasks.apply.rows import row_factors
+from crane_tasks.calibration.format import format_mask
+from crane_tasks.calibration.sets import TokenSet, read_set
+from crane_tasks.calibration.stages import AGENT, FORMAT, REASONING
+from crane_tasks.calibration.targets import check_targets
 from crane_tasks.errors import DataError, RecipeError
-from crane_tasks.recipe import LmHead, Rows
+from crane_tasks.evaluate.answers import final_answer, tool_calls
+from crane_tasks.method import keys_of
+from crane_tasks.models.files.tokenizer import load_tokenizer
+from crane_tasks.recipe import LmHead, TokenRows
+from crane_tasks.rows import RowSet, load_rows
+from crane_tasks.session import Context, open_context
+from crane_tasks.stage import Stage
 
 Pairs = Callable[[str], TinyPair]
 USER = {"role": "user", "content": "hi"}
@@ -126,12 +123,12 @@ def test_every_row_moves_by_the_scale_but_special_tokens_stay(tokenizer: Any) ->
 
 
 def test_special_tokens_move_too_if_they_are_not_kept(tokenizer: Any) -> None:
-    factors = row_factors(Rows(scale=0.5, keep_special=False), 320, tokenizer, "x")
+    factors = row_factors(TokenRows(scale=0.5, keep_special=False), 320, tokenizer, "x")
     assert torch.equal(factors, torch.full((320,), 0.5))
 
 
 def test_a_named_row_wins_over_scale_and_over_keeping(tokenizer: Any) -> None:
-    rows = Rows(scale=0.1, rows={"<think>": 0.8, "<|im_end|>": 0.2, "</think>": 0.0})
+    rows = TokenRows(scale=0.1, rows={"<think>": 0.8, "<|im_end|>": 0.2, "</think>": 0.0})
     factors = row_factors(rows, 320, tokenizer, "x")
     names = ["<think>", "</think>", "<|im_end|>", "<|im_start|>", "<tool_call>"]
     found = factors[tokenizer.convert_tokens_to_ids(names)]
@@ -139,7 +136,7 @@ def test_a_named_row_wins_over_scale_and_over_keeping(tokenizer: Any) -> None:
 
 
 def test_unknown_row_tokens_are_all_named(tokenizer: Any) -> None:
-    rows = Rows(rows={"<thnik>": 0.8, "<think>": 0.8, "two words": 1.0})
+    rows = TokenRows(rows={"<thnik>": 0.8, "<think>": 0.8, "two words": 1.0})
     with pytest.raises(RecipeError, match=r"merge\.embedding\.rows.*'<thnik>', 'two words'"):
         row_factors(rows, 320, tokenizer, "merge.embedding")
 
@@ -150,16 +147,23 @@ class Desk:
     def __init__(self, pair: TinyPair, folder: Path) -> None:
         self.pair, self.folder = pair.copy(folder / "pair"), folder
 
-    def rows(self, text: str, name: str = "own.jsonl") -> DataRows:
+    def rows(self, text: str, name: str = "own.jsonl") -> RowSet:
         """The rows of a file with this text."""
         (self.pair.folder / name).write_text(text)
         return load_rows(self.pair.recipe(), name)
 
     def context(self, *assignments: str) -> Context:
         """A context over a fresh store."""
-        store = Store(self.folder / "store")
-        store.prepare()
-        return make_context(self.pair.recipe(*assignments), store)
+        session = asked(self.pair, self.folder / "store", *assignments)
+        session.store.prepare()
+        return open_context(session)
+
+
+def made(ctx: Context, stage: Stage) -> TokenSet:
+    """A set, made and read back."""
+    keys = keys_of(ctx)
+    stage.build(ctx, keys)
+    return read_set(ctx.store.open(keys[stage]))
 
 
 @pytest.fixture
@@ -243,11 +247,11 @@ def test_a_tokenizer_is_loaded_once_and_again_when_its_files_changed(desk: Desk)
 
 def test_rows_that_changed_after_their_key_was_made_are_refused(desk: Desk) -> None:
     ctx = desk.context()
-    ref = calibration_refs(ctx).agent
+    keys = keys_of(ctx)
     desk.rows(lines(GOOD), "agent.jsonl")
     with pytest.raises(DataError, match=r"agent\.jsonl: was changed while the run"):
-        build_targets(ctx, ctx.recipe.calibration.agent, ref)
-    assert not ctx.store.has(ref)
+        AGENT.build(ctx, keys)
+    assert not ctx.store.has(keys[AGENT])
 
 
 def test_a_prompt_that_leaves_no_room_for_a_target_is_refused(desk: Desk) -> None:
@@ -274,9 +278,7 @@ def test_a_prompt_that_ends_with_an_answer_is_refused(desk: Desk) -> None:
 def test_a_given_target_is_its_tokens_and_the_end(desk: Desk) -> None:
     desk.rows(lines(GOOD, {**GOOD, "completion": "<think>a</think>b"}), "reasoning.jsonl")
     ctx = desk.context()
-    ref = calibration_refs(ctx).reasoning
-    build_targets(ctx, ctx.recipe.calibration.reasoning, ref)
-    found = read_set(ctx.store.open(ref))
+    found = made(ctx, REASONING)
     tokenizer = load_tokenizer(ctx.base)
     prompt = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
     texts = [tokenizer.decode(ids) for ids in found.sequences]
@@ -289,9 +291,7 @@ def test_a_given_target_is_its_tokens_and_the_end(desk: Desk) -> None:
 def test_a_long_target_is_cut_and_its_prompt_never(desk: Desk) -> None:
     desk.rows(lines({**GOOD, "completion": "y" * 500}), "agent.jsonl")
     ctx = desk.context("calibration.agent.max_length=40")
-    ref = calibration_refs(ctx).agent
-    build_targets(ctx, ctx.recipe.calibration.agent, ref)
-    found = read_set(ctx.store.open(ref))
+    found = made(ctx, AGENT)
     text = load_tokenizer(ctx.base).decode(found.sequences[0])
     prompt = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
     assert found.sequences[0].numel() == 40
@@ -307,9 +307,7 @@ def test_a_row_without_completion_is_continued_greedily(targets: str, desk: Desk
     ctx = desk.context(
         f"calibration.reasoning.targets={targets}", "calibration.reasoning.max_new_tokens=5"
     )
-    ref = calibration_refs(ctx).reasoning
-    build_targets(ctx, ctx.recipe.calibration.reasoning, ref)
-    found = read_set(ctx.store.open(ref))
+    found = made(ctx, REASONING)
     folder = desk.pair.donor if targets == "donor" else desk.pair.base
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     assert found.target_lengths[1] == 4
@@ -329,7 +327,7 @@ def test_a_row_without_completion_is_continued_greedily(targets: str, desk: Desk
 def test_who_decodes_is_an_input_only_if_something_is_decoded(desk: Desk) -> None:
     def keys() -> set[str]:
         return {
-            calibration_refs(desk.context(f"calibration.reasoning.targets={t}")).reasoning.key
+            keys_of(desk.context(f"calibration.reasoning.targets={t}"))[REASONING].key
             for t in ("donor", "base")
         }
 
@@ -340,6 +338,5 @@ def test_who_decodes_is_an_input_only_if_something_is_decoded(desk: Desk) -> Non
 
 def test_format_rows_without_any_pattern_are_refused(desk: Desk) -> None:
     ctx = desk.context("calibration.format.patterns=['<nowhere>']")
-    ref = calibration_refs(ctx).format
     with pytest.raises(DataError, match=r"format\.jsonl: no row holds any .*<nowhere>"):
-        check_format(ctx, ctx.recipe.calibration.format, ref)
+        FORMAT.check(ctx, keys_of(ctx))

@@ -7,19 +7,22 @@ from typing import Any
 import pytest
 import torch
 from conftest import TinyPair, load_tensors, save_tensors
-from tiny_merge import fused, merged, staged
+from tiny_merge import asked, fused, merged, staged
 
 from artifacts.store import Built, Store
-from crane_tasks import point
-from crane_tasks.apply import make_editor
-from crane_tasks.context import make_context
-from crane_tasks.evaluate import read_comparison
+from crane_tasks.apply.editor import make_editor
+from crane_tasks.apply.pipeline import Pipeline
+from crane_tasks.apply.stage import APPLY
+from crane_tasks.evaluate.point import LOADED, POINT, loaded_as, merged_rows
+from crane_tasks.evaluate.stage import read_comparison
+from crane_tasks.kept import Kept, kept_by_process
+from crane_tasks.method import build_before, in_this_process, keys_of
 from crane_tasks.models.files.checkpoint import Checkpoint
 from crane_tasks.models.walk.stream import LayerStream
-from crane_tasks.pipeline import Pipeline
-from crane_tasks.point import build_point, merged_rows
-from flows.merge import all_refs, build_inputs, call_here
-from flows.sweep import Sweep, sweep
+from crane_tasks.session import Context, open_context
+from crane_tasks.stage import Keys, Stage
+from flows.sweep import sweep
+from flows.sweep_result import Sweep
 
 Pairs = Callable[[str], TinyPair]
 ANSWERS = ("evaluate.generate=2", "evaluate.max_new_tokens=6")
@@ -32,9 +35,9 @@ class Calls:
     def __init__(self) -> None:
         self.outcomes: list[tuple[str, str]] = []
 
-    def __call__(self, stage: str, build: Callable[..., Built], *args: Any) -> Built:
-        built = call_here(stage, build, *args)
-        self.outcomes.append((stage, built.status))
+    def __call__(self, stage: Stage, ctx: Context, keys: Keys) -> Built:
+        built = in_this_process(stage, ctx, keys)
+        self.outcomes.append((stage.title, built.status))
         return built
 
     def named(self, start: str) -> list[str]:
@@ -44,7 +47,8 @@ class Calls:
 def swept(pair: TinyPair, folder: Path, *assignments: str, **more: Any) -> Sweep:
     """A sweep of a pair into `folder`/grid."""
     more = {"alphas": ALPHAS, "folder": folder / "grid"} | more
-    return sweep(pair.recipe(*assignments), Store(folder / "store"), **more)
+    heard = {name: more.pop(name) for name in ("notice", "progress", "kept") if name in more}
+    return sweep(asked(pair, folder / "store", *assignments, **heard), **more)
 
 
 def comparison(folder: Path, key: str) -> dict[str, Any]:
@@ -99,7 +103,7 @@ def test_the_tensors_laid_over_are_those_that_are_written(
     tiny_pair: TinyPair, tmp_path: Path
 ) -> None:
     wanted = staged(tiny_pair, tmp_path / "store", tmp_path / "out")
-    editor = make_editor(wanted.ctx, wanted.refs.inputs)
+    editor = make_editor(wanted.ctx, wanted.keys)
     written = load_tensors(tmp_path / "out")
     for name, slot in editor.base.slots.items():
         found: dict[int, list[torch.Tensor]] = {}
@@ -131,16 +135,17 @@ def test_a_base_that_is_streamed_measures_the_same(
 
 def test_the_base_is_loaded_once_and_let_go_at_the_end(moe_pair: TinyPair, tmp_path: Path) -> None:
     held: list[LayerStream] = []
+    kept = Kept()
 
-    def watching(stage: str, build: Callable[..., Built], *args: Any) -> Built:
-        built = build(*args)
-        if stage.startswith("point"):
-            held.extend(point._loaded.values())
+    def watching(stage: Stage, ctx: Context, keys: Keys) -> Built:
+        built = stage.build(ctx, keys)
+        if stage.title.startswith("point"):
+            held.append(kept.one(LOADED, loaded_as(ctx), lambda: pytest.fail("not kept")))
         return built
 
-    swept(moe_pair, tmp_path, alphas=(0.1, 0.2, 0.3), call=watching)
+    swept(moe_pair, tmp_path, alphas=(0.1, 0.2, 0.3), call=watching, kept=kept)
     assert len(held) == 3 and len({id(stream) for stream in held}) == 1
-    assert point._loaded == {}
+    assert not kept.has(LOADED)
     fresh = LayerStream(held[0].checkpoint, device=held[0].device, compute=held[0].compute)
     for index in range(fresh.num_layers):
         with fresh.layer(index) as ours, held[0].layer(index) as theirs:
@@ -214,17 +219,17 @@ def test_a_point_may_run_in_another_process(moe_pair: TinyPair, tmp_path: Path) 
     """All that it takes is small and can be pickled."""
     import pickle
 
-    store = Store(tmp_path / "store")
-    store.prepare()
-    ctx = make_context(moe_pair.recipe("alpha=0.4"), Store(tmp_path / "store"))
-    refs = all_refs(ctx)
-    build_inputs(ctx, refs, call_here)
-    ctx.store.waiting = print  # its own is a lambda
-    data = pickle.dumps((build_point, (ctx, refs.evaluate, refs.apply, refs.inputs, refs.sets)))
+    session = asked(moe_pair, tmp_path / "store", "alpha=0.4")
+    session.store.prepare()
+    ctx = open_context(session)
+    keys = keys_of(ctx)
+    build_before(APPLY, ctx, keys, in_this_process)
+    data = pickle.dumps((ctx, keys))
     assert len(data) < 100_000
-    build, args = pickle.loads(data)
-    assert build(*args).status == "computed"
-    point.release_base()
+    there, same_keys = pickle.loads(data)
+    assert POINT.build(there, same_keys).status == "computed"
+    assert there.session.kept is kept_by_process() and kept_by_process().has(LOADED)
+    kept_by_process().let_go(LOADED)
     assert swept(moe_pair, tmp_path, alphas=(0.4,)).points[0].status == "reused"
 
 

@@ -21,18 +21,14 @@ from conftest import TinyPair
 from tiny_merge import merged
 
 from artifacts.store import Artifact, Store
-from crane_tasks.calibration import (
-    DECODE_BATCH,
-    build_targets,
-    calibration_refs,
-    check_prompts,
-    read_set,
-)
-from crane_tasks.context import Context, make_context
+from crane_tasks.calibration.sets import read_set
+from crane_tasks.calibration.stages import AGENT, HELDOUT_REASONING, REASONING
+from crane_tasks.calibration.targets import DECODE_BATCH
 from crane_tasks.errors import EndpointError, RecipeError
-from crane_tasks.evaluate import evaluation_sets
+from crane_tasks.method import keys_of
 from crane_tasks.models.decoding.server import RETRIES, asked, check_server
 from crane_tasks.recipe import Endpoint
+from crane_tasks.session import Context, Session, open_context
 from flows.evaluate import evaluate
 
 Pairs = Callable[[str], TinyPair]
@@ -80,14 +76,14 @@ class Room:
 
     def context(self, *assignments: str) -> Context:
         recipe = self.pair.recipe(SHORT, *assignments)
-        return make_context(recipe, self.store, notice=self.notices.append)
+        return open_context(Session(recipe, self.store, notice=self.notices.append))
 
     def targets(self, *assignments: str) -> Artifact:
         """The reasoning set, made."""
         ctx = self.context(*assignments)
-        ref = calibration_refs(ctx).reasoning
-        build_targets(ctx, ctx.recipe.calibration.reasoning, ref)
-        return self.store.open(ref)
+        keys = keys_of(ctx)
+        REASONING.build(ctx, keys)
+        return self.store.open(keys[REASONING])
 
 
 @pytest.fixture
@@ -153,7 +149,7 @@ def test_prompts_go_out_as_ids_and_decoding_is_greedy(served: Served, room: Room
 def test_the_key_knows_the_models_name_and_not_its_place(served: Served, room: Room) -> None:
     def key(targets: str, *more: str) -> str:
         ctx = room.context(f"calibration.reasoning.targets={targets}", *more)
-        return calibration_refs(ctx).reasoning.key
+        return keys_of(ctx)[REASONING].key
 
     here = key("{endpoint: 'http://here:1/v1', model: a}")
     assert key("{endpoint: 'https://there/v1/', model: a}") == here
@@ -287,11 +283,11 @@ def test_a_url_may_end_in_a_slash_but_must_lead_to_the_protocol(served: Served) 
 
 def test_nobody_is_asked_where_nothing_is_to_be_decoded(served: Served, room: Room) -> None:
     ctx = room.context(served.assignment("agent"))  # its rows have completions
-    check_prompts(ctx, ctx.recipe.calibration.agent, calibration_refs(ctx).agent)
+    AGENT.check(ctx, keys_of(ctx))
     room.targets(served.assignment())
     assert not served.checks and len(served.requests) == ROWS
     ctx = room.context(served.assignment())
-    check_prompts(ctx, ctx.recipe.calibration.reasoning, calibration_refs(ctx).reasoning)
+    REASONING.check(ctx, keys_of(ctx))
     room.targets(served.assignment())
     assert not served.checks and len(served.requests) == ROWS
 
@@ -329,14 +325,13 @@ def test_a_merge_with_held_out_rows_by_a_server_says_what_its_targets_are(
     assert "Targets of `calibration_reasoning`, `reasoning`" in report
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"model: {NAME}" in card and served.url not in card
-    refs = evaluation_sets(result.ctx, result.refs.calibration.targets()).refs
-    assert refs["reasoning"].config["model"] == NAME
+    assert result.keys[HELDOUT_REASONING].config["model"] == NAME
     # The same rows and lengths, decoded here.
     theirs = merged(pair, tmp_path / "other", tmp_path / "out2", *SHORTER)
-    ours = read_set(result.ctx.store.open(refs["reasoning"]))
-    local = read_set(theirs.ctx.store.open(theirs.refs.sets.refs["reasoning"]))
+    ours = read_set(result.ctx.store.open(result.keys[HELDOUT_REASONING]))
+    local = read_set(theirs.ctx.store.open(theirs.keys[HELDOUT_REASONING]))
     assert [s.tolist() for s in ours.sequences] == [s.tolist() for s in local.sequences]
     asked_before = len(served.requests)
-    again = evaluate(result.ctx.recipe, Store(tmp_path / "store"), tmp_path / "out")
+    again = evaluate(Session(result.ctx.recipe, Store(tmp_path / "store")), tmp_path / "out")
     assert again["rows"]["reasoning"] == 3
     assert len(served.requests) == asked_before

@@ -11,33 +11,26 @@ from conftest import TinyPair, load_tensors
 from torch import Tensor
 
 from artifacts.store import Store
-from crane_tasks.context import make_context
-from flows.merge import Merged, all_refs, build_all, call_here, check_cheap, healing, merge
+from crane_tasks.session import Session
+from flows.merge import Merged, merge
 
 WEIGHTS = "*.safetensors"
 
 
-def merged(pair: TinyPair, store: Path, output: Path, *assignments: str, **more: Any) -> Merged:
+def asked(pair: TinyPair, store: Path, *assignments: str, **heard: Any) -> Session:
+    """The session of a pair's recipe with `--set` changes."""
+    return Session(pair.recipe(*assignments), Store(store), **heard)
+
+
+def merged(pair: TinyPair, store: Path, output: Path, *assignments: str, **heard: Any) -> Merged:
     """Merge a pair with `--set` changes."""
-    recipe = pair.recipe(*assignments, f"run.output={output}")
-    return merge(recipe, Store(store), **more)
+    return merge(asked(pair, store, *assignments, f"run.output={output}", **heard))
 
 
-def staged(
-    pair: TinyPair,
-    store: Path,
-    output: Path,
-    *assignments: str,
-    notice: Callable[[str], None] = lambda _: None,
-) -> Merged:
+def staged(pair: TinyPair, store: Path, output: Path, *assignments: str, **heard: Any) -> Merged:
     """The same without the report, whose pictures take longer than a tiny merge."""
-    place = Store(store)
-    place.prepare()
-    ctx = make_context(pair.recipe(*assignments, f"run.output={output}"), place)
-    refs = all_refs(ctx)
-    check_cheap(ctx, refs, force=False)
-    done = healing(place, lambda: build_all(ctx, refs, call_here, force=False), notice)
-    return Merged(ctx, refs, done)
+    session = asked(pair, store, *assignments, f"run.output={output}", **heard)
+    return merge(session, report=False)
 
 
 def statuses(result: Merged) -> dict[str, str]:
@@ -110,7 +103,7 @@ def layer_of(name: str) -> int | None:
 
 
 def component_of(name: str) -> str:
-    """A tensor's component by DESIGN 1."""
+    """A tensor's component by docs/method.md."""
     kinds = [
         ("e_score_correction_bias", "carried"), ("shared_experts.", "shared_expert"),
         ("embed_tokens", "embedding"), ("lm_head", "lm_head"), ("norm.weight", "norm"),
@@ -124,7 +117,7 @@ def component_of(name: str) -> str:
 
 
 class PlainMerge:
-    """A merge by the formulas of DESIGN 1 over the whole model, in float64."""
+    """A merge by the formulas of docs/method.md over the whole model, in float64."""
 
     def __init__(self, pair: TinyPair, *, alpha: float, tau: float, sites: str) -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer
