@@ -37,7 +37,8 @@ TEMPLATE = (
 )
 FIRST = {folder: place for place, folder in enumerate(("flows", "stages", "benchmarks", "models"))}
 SHARED = {"test_browser.py": "site", "test_prefect_site.py": "site",
-          "test_fan_out.py": "server", "test_prefect_flow.py": "server"}  # fmt: skip
+          "test_fan_out.py": "server", "test_prefect_flow.py": "server",
+          "test_prefect_tasks.py": "server"}  # fmt: skip
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 ADDED = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>",
          "</think>")  # fmt: skip

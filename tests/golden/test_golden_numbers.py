@@ -1,4 +1,4 @@
-"""A stage's numbers and its VERSION change together, or stored artifacts would be wrong."""
+"""A stage's numbers and its version change together, or stored artifacts would be wrong."""
 
 import json
 from pathlib import Path
