@@ -59,6 +59,20 @@ def protection(sigma: Float[Tensor, " r"], tau: float) -> Float[Tensor, " r"]:
     return torch.sigmoid(STEEPNESS / tau * (sigma / sigma[0] - tau))
 
 
+def hard_protection(sigma: Float[Tensor, " r"], tau: float) -> Float[Tensor, " r"]:
+    """w_i = 1 where σ_i / σ_1 >= τ, else 0: the null space of what is left; dtype of `sigma`."""
+    return (sigma >= tau * sigma[0]).to(sigma.dtype) if sigma.numel() else sigma
+
+
+def ridge_protection(sigma: Float[Tensor, " r"], tau: float) -> Float[Tensor, " r"]:
+    """w_i = σ_i² / (σ_i² + λ) with λ = (τ σ_1)²: one half where σ_i / σ_1 = τ.
+
+    The projection of least squares with a ridge: P(D) = D (I - HᵀH (HᵀH + λ I)⁻¹).
+    """
+    squares = sigma.square()
+    return squares / (squares + (tau * sigma[0]) ** 2) if sigma.numel() else sigma
+
+
 def project(
     update: Float[Tensor, "*batch d"],
     directions: Float[Tensor, "d r"],

@@ -7,6 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from crane_tasks.numerics.hashing import mixed
+
 
 def median_magnitude(delta: Float[Tensor, "..."]) -> Float[Tensor, ""]:
     """The k-th smallest |δ| with k = max(1, n // 2), exact for any n; dtype of `delta`.
@@ -27,15 +29,46 @@ def median_magnitude(delta: Float[Tensor, "..."]) -> Float[Tensor, ""]:
     return torch.kthvalue(magnitude, k).values
 
 
+def top_magnitude(delta: Float[Tensor, "..."], density: float) -> Float[Tensor, ""]:
+    """The m above which about a share `density` of the |δ| lies: the k-th smallest with
+    k = n - round(density · n), exact; 0, which keeps all that is not 0, if that is none."""
+    magnitude = delta.abs().flatten()
+    k = magnitude.numel() - round(density * magnitude.numel())
+    if k < 1:
+        return delta.new_zeros(())
+    return torch.kthvalue(magnitude, k).values
+
+
 def keep_above(
-    delta: Float[Tensor, "..."], threshold: Float[Tensor, "..."] | float
+    delta: Float[Tensor, "..."], threshold: Float[Tensor, "..."] | float, scale: float = 2.0
 ) -> Float[Tensor, "..."]:
-    """T(δ) for a known m: entries with |δ| > m times 2, the others 0; same shape and dtype.
+    """T(δ) for a known m: entries with |δ| > m times `scale`, the others 0; shape and dtype of δ.
 
     A tensor of several m is broadcast over δ, e.g. [n, 1, 1] over a stack [n, out, in].
     """
     # Strictly greater: with >=, a constant delta would be doubled instead of dropped.
     if isinstance(threshold, float):
         # One vectorised pass; a comparison and `where` take twelve times as long on a CPU.
-        return torch.nn.functional.hardshrink(delta, threshold).mul_(2)
-    return torch.where(delta.abs() > threshold, delta * 2, torch.zeros_like(delta))
+        return torch.nn.functional.hardshrink(delta, threshold).mul_(scale)
+    return torch.where(delta.abs() > threshold, delta * scale, torch.zeros_like(delta))
+
+
+def drop_at_random(
+    delta: Float[Tensor, "..."], density: float, *, seed: int, offset: int = 0
+) -> Float[Tensor, "..."]:
+    """DARE (arXiv 2311.03099): each entry with probability `density` times 1 / density, else 0.
+
+    Which ones is a hash of `seed` and the flat position (`offset` plus the index), so neither
+    order, blocks, threads nor device change it.
+    """
+    index = torch.arange(delta.numel(), device=delta.device, dtype=torch.int64) + offset
+    chance = (mixed(index + seed) & 0xFFFFFF).to(torch.float32).view(delta.shape) / 2.0**24
+    return torch.where(chance < density, delta / density, torch.zeros_like(delta))
+
+
+def keep_agreed(
+    delta: Float[Tensor, "..."], grad_r: Float[Tensor, "..."], grad_a: Float[Tensor, "..."]
+) -> Float[Tensor, "..."]:
+    """The entries along which both sets' losses fall: min(-g_R δ, -g_A δ) > 0; the others 0."""
+    agreed = torch.maximum(grad_r * delta, grad_a * delta) < 0
+    return torch.where(agreed, delta, torch.zeros_like(delta))

@@ -13,8 +13,10 @@ from crane_tasks.numerics.projector import (
     Basis,
     basis_from_gram,
     gram,
+    hard_protection,
     project,
     protection,
+    ridge_protection,
 )
 
 steady = settings(
@@ -266,3 +268,33 @@ def test_the_input_side_is_protected_also_of_a_vector_and_of_a_stack(
     assert torch.allclose(project(update[0], directions, weight), whole[0], rtol=0, atol=1e-14)
     stack = project(torch.stack([update, -update]), directions, weight)
     assert torch.allclose(stack, torch.stack([whole, -whole]), rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("tau", [0.01, 0.1, 0.5])
+def test_all_rules_protect_the_strongest_and_half_or_all_at_tau(tau: float) -> None:
+    sigma = torch.tensor([2.0, 2.0 * tau, 2.0 * tau * 1e-3], dtype=torch.float64)
+    at = {
+        "sigmoid": protection(sigma, tau),
+        "hard": hard_protection(sigma, tau),
+        "ridge": ridge_protection(sigma, tau),
+    }
+    assert at["hard"].tolist() == [1.0, 1.0, 0.0]
+    assert float(at["ridge"][1]) == pytest.approx(0.5) == float(at["sigmoid"][1])
+    for weights in at.values():
+        assert bool((weights.diff() <= 0).all()) and 0 <= float(weights[2]) < 0.02
+    for rule in (hard_protection, ridge_protection):
+        assert rule(sigma[:0], tau).numel() == 0
+
+
+def test_the_ridge_rule_is_the_projection_of_ridge_regression() -> None:
+    """P(D) = D (I - HᵀH (HᵀH + λ I)⁻¹): what the rows of H barely excite stays."""
+    rows = torch.randn(40, 8, generator=torch.Generator().manual_seed(0)).double()
+    rows *= 0.4 ** torch.arange(8).double()
+    basis = basis_from_gram(gram(rows), 40, rank=8, cutoff=1e-12)
+    update = torch.randn(3, 8, generator=torch.Generator().manual_seed(1)).double()
+    tau = 0.05
+    weights = ridge_protection(basis.sigma, tau)
+    found = project(update, basis.directions.double(), weights)
+    square, penalty = rows.T @ rows, (tau * basis.sigma[0]) ** 2
+    wanted = update @ (torch.eye(8).double() - square @ (square + penalty * torch.eye(8)).inverse())
+    assert torch.allclose(found, wanted, atol=1e-6)

@@ -6,7 +6,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from crane_tasks.numerics.threshold import keep_above, median_magnitude
+from crane_tasks.numerics.threshold import (
+    drop_at_random,
+    keep_above,
+    keep_agreed,
+    median_magnitude,
+    top_magnitude,
+)
 
 steady = settings(
     deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
@@ -114,3 +120,32 @@ def test_the_norm_is_not_kept() -> None:
     delta = torch.randn(200_000, generator=torch.Generator().manual_seed(2))
     ratio = float(transformed(delta).abs().sum() / delta.abs().sum())
     assert ratio == pytest.approx(1.59, abs=0.01)
+
+
+@steady
+@given(st.integers(1, 400), st.floats(0.01, 1.0), st.integers(0, 99))
+def test_the_largest_share_is_what_a_sort_gives(count: int, density: float, seed: int) -> None:
+    delta = torch.randn(count, generator=torch.Generator().manual_seed(seed))
+    kept = keep_above(delta, float(top_magnitude(delta, density)), 1.0)
+    order = delta.abs().argsort(descending=True)[: round(density * count)]
+    assert set(kept.nonzero().flatten().tolist()) == set(order.tolist())
+    assert torch.equal(kept[order], delta[order])
+
+
+def test_what_is_dropped_at_random_keeps_the_mean_and_depends_on_positions_alone() -> None:
+    delta = torch.full((200_000,), 0.5)
+    whole = drop_at_random(delta, 0.25, seed=7)
+    assert set(whole.unique().tolist()) == {0.0, 2.0}
+    assert float(whole.mean()) == pytest.approx(0.5, abs=0.01)
+    parts = [drop_at_random(delta[i : i + 777], 0.25, seed=7, offset=i)
+             for i in range(0, delta.numel(), 777)]  # fmt: skip
+    assert torch.equal(torch.cat(parts), whole)
+    assert not torch.equal(drop_at_random(delta, 0.25, seed=8), whole)
+    assert torch.equal(drop_at_random(delta, 1.0, seed=7), delta)
+
+
+def test_agreed_entries_are_those_along_which_both_losses_fall() -> None:
+    delta = torch.tensor([1.0, 1.0, -1.0, -1.0, 1.0, 0.0])
+    grad_r = torch.tensor([-1.0, -1.0, 1.0, 1.0, 0.0, -1.0])
+    grad_a = torch.tensor([-2.0, 2.0, 3.0, -3.0, -1.0, -1.0])
+    assert keep_agreed(delta, grad_r, grad_a).tolist() == [1.0, 0.0, -1.0, 0.0, 0.0, 0.0]

@@ -11,7 +11,8 @@ from plain_sums import edit_sums
 from torch import Tensor
 
 from crane_tasks.numerics.edit import EditSums, stacked_edit_sums
-from crane_tasks.numerics.rounding import round_stochastic, seed_of
+from crane_tasks.numerics.hashing import seed_of
+from crane_tasks.numerics.rounding import round_stochastic
 from crane_tasks.numerics.slerp import SLERP_PARALLEL, slerp
 
 steady = settings(
