@@ -119,6 +119,9 @@ class Gate(Section):
     baseline: Literal[
         "auto", "attention", "linear_attn", "expert", "shared_expert", "ffn", "router", "norm"
     ] = Field(default="auto", description="component whose score is 1 in every layer")
+    unify: bool = Field(
+        default=False, description="shared experts scored with experts, linear with attention"
+    )
     store_gradients: bool = Field(default=True, description="keep g_R and g_A in bf16")
     compute: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto", description="auto: float32 on CPU, bfloat16 on a GPU"
@@ -154,8 +157,27 @@ def known_methods() -> list[str]:
 
 class Merge(Section):
     method: str = Field(default="crane", description="the edit: a file of crane_tasks/edits")
-    router: Literal["gated", "slerp"] = Field(
-        default="gated", description="as all weights, or by slerp with t = alpha / 3"
+    threshold: Literal["median", "top", "drop", "agreed", "none"] | None = Field(
+        default=None, description="T in place of the method's; none: the whole delta"
+    )
+    gate: Literal["taylor", "flat"] | None = Field(
+        default=None, description="S in place of the method's; flat: the factor 1"
+    )
+    projection: Literal["sigmoid", "hard", "ridge", "none"] | None = Field(
+        default=None, description="P in place of the method's; none: nothing is removed"
+    )
+    density: float | None = Field(
+        default=None, gt=0, le=1, description="share that T keeps; the half above the median"
+    )
+    scales: dict[str, Finite] = Field(
+        default={},
+        description="further factors: a component, `layers 16-`, `layers 0-7`, or a tensor's name "
+        "with *; all that match are multiplied",
+    )
+    router: Literal["gated", "slerp", "gated-projected", "slerp-projected"] = Field(
+        default="gated",
+        description="as all weights, or by slerp with t = alpha / 3; projected at the "
+        "feed-forward input",
     )
     embedding: TokenRows = Field(default=TokenRows())
     lm_head: LmHead = Field(default=LmHead())

@@ -1,9 +1,10 @@
-"""Stage `threshold`: the median magnitude m of every tensor's delta, and what T keeps."""
+"""Stage `threshold`: the magnitude m of every tensor's delta above which T keeps it."""
 
 import math
 from collections.abc import Iterable
 
 import torch
+from torch import Tensor
 
 from artifacts.ref import Ref
 from artifacts.schema import Schema
@@ -11,13 +12,18 @@ from artifacts.store import Artifact, Draft, Unit
 from artifacts.tables import read_table, write_table
 from crane_tasks.delta import BLOCK, DELTA, IN_FLIGHT, read_delta
 from crane_tasks.models.files.layout import Slot, unit_name
-from crane_tasks.numerics.threshold import keep_above, median_magnitude
+from crane_tasks.numerics.threshold import keep_above, median_magnitude, top_magnitude
 from crane_tasks.parallel import in_order, spread_units
 from crane_tasks.session import Context
 from crane_tasks.sizes import gated, sizes_of
 from crane_tasks.stage import Keys, Needs, Stage
 
 COLUMNS = ["threshold", "kept", "numel", "norm", "delta_norm"]
+
+
+def density_scale(density: float | None) -> float:
+    """By how much T scales what it keeps: 1 / density, 2 at the median."""
+    return 2.0 if density is None else 1.0 / density
 
 
 def write_threshold(ctx: Context, keys: Keys, draft: Draft) -> None:
@@ -39,6 +45,9 @@ THRESHOLD = Stage(
     version=2,
     schema=Schema(arrays={"tensors": ("float64",)}),
     inputs={"delta": DELTA},
+    fields=("merge.density",),
+    # The median is the method's own, and older than the field.
+    config=lambda ctx: {k: v for k in ("density",) if (v := ctx.recipe.merge.density) is not None},
     write=write_threshold,
     needs=_needs,
 )
@@ -52,15 +61,18 @@ def _write_layer(ctx: Context, unit: Unit, delta: Ref, layer: int | None) -> Non
 def _rows(
     ctx: Context, delta: Artifact, slots: Iterable[Slot]
 ) -> list[tuple[str, str, list[float]]]:
-    base = ctx.pair().base
+    base, density = ctx.pair().base, ctx.recipe.merge.density
+
+    def magnitude(change: Tensor) -> Tensor:
+        return median_magnitude(change) if density is None else top_magnitude(change, density)
 
     def row(item: tuple[Slot, int]) -> tuple[str, str, list[float]]:
         slot, expert = item
         change = read_delta(delta, slot, base.read(slot.name, expert), expert)
-        median = float(median_magnitude(change))
+        median = float(magnitude(change))
         kept, kept2, delta2 = 0, 0.0, 0.0
         for block in torch.split(change.flatten(), BLOCK):
-            above = keep_above(block, median)
+            above = keep_above(block, median, density_scale(density))
             kept += int(above.count_nonzero())
             kept2 += float(above.square().sum())
             delta2 += float(block.square().sum())

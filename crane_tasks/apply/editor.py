@@ -19,7 +19,8 @@ from crane_tasks.models.files.checkpoint import Checkpoint
 from crane_tasks.models.files.layout import Slot
 from crane_tasks.models.files.tokenizer import load_tokenizer
 from crane_tasks.numerics.edit import stacked_edit_sums
-from crane_tasks.numerics.rounding import round_stochastic, seed_of
+from crane_tasks.numerics.hashing import seed_of
+from crane_tasks.numerics.rounding import round_stochastic
 from crane_tasks.numerics.slerp import slerp
 from crane_tasks.recipe import Recipe
 from crane_tasks.session import Context
@@ -101,18 +102,28 @@ class Editor:
         return Edited(stored, sums)
 
     def _slerped(self, slot: Slot) -> bool:
-        return slot.component == "router" and self.recipe.merge.router == "slerp"
+        if slot.component in PLAIN:
+            return False
+        router = slot.component == "router" and self.recipe.merge.router.startswith("slerp")
+        return router or self.edit.spherical
 
     def _step(
         self, slot: Slot, experts: Sequence[int], first: int, weight: Tensor, delta: Tensor
     ) -> Tensor:
-        """The edit that belongs to a delta (of -δ: the negative edit), in float32."""
+        """The negative edit that belongs to -δ, in float32."""
         if slot.component in PLAIN:
             factors = self.row_factors[slot.component][first : first + delta.shape[1]]
             return (factors.to(self.device)[:, None] * delta).add_(0.0)  # no -0
+        if self.edit.spherical:
+            share = self.recipe.alpha * self.edit.scale_of(slot)
+            turned = [slerp(w, w - d, share) for w, d in zip(weight, delta, strict=True)]
+            return weight - torch.stack(turned)
         if self._slerped(slot):
-            return weight - slerp(weight, weight - delta, self.recipe.alpha * SLERP_SHARE)
-        return self.edit.step(slot, experts, delta)
+            if self.recipe.merge.router == "slerp-projected":
+                delta = self.edit.unscaled(slot, experts, first, delta, -1)
+            share = self.recipe.alpha * SLERP_SHARE * self.edit.scale_of(slot)
+            return weight - slerp(weight, weight - delta, share)
+        return self.edit.step(slot, experts, first, delta, -1)
 
     def _round(
         self, slot: Slot, experts: Sequence[int], first: int, value: Tensor, into: Tensor

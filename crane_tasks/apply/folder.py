@@ -44,7 +44,7 @@ def fill_folder(
     (folder / RECIPE_COPY).write_text(yaml.safe_dump(recipe, sort_keys=False))
     (folder / CARD).write_text(model_card(_facts(ctx)))
     edit = edit_of(ctx.recipe)
-    made_from = ["delta", *(part.stage.role for part in edit.parts)]
+    made_from = ["delta", *edit.stages]
     record = {
         "apply": key,
         "stages": {role: keys.refs[role].key for role in made_from},

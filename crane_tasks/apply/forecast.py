@@ -65,7 +65,7 @@ FORECAST = Stage(
         "delta": DELTA,
         **{role: stage for role, stage in edit_stages().items() if role != SCORES.role},
     },
-    without=not_of_edit,
+    without=lambda recipe: set(not_of_edit(recipe)) - {GRADIENTS.role},
     used=lambda recipe: edit_of(recipe).gate is not None,
     possible=lambda ctx, keys: ctx.store.has(keys[GRADIENTS]),
     write=write_forecast,
@@ -83,7 +83,7 @@ def _slot_sums(
     for experts in portions(base, slot):
         weight = base.read_stack(slot.name, experts).to(device)
         numbers = range(experts.start, experts.stop)
-        step = edit.kept(slot, numbers, read_stacked_delta(delta, slot, weight, experts))
+        step = edit.kept(slot, numbers, 0, read_stacked_delta(delta, slot, weight, experts))
         grads = [
             read_gradient(gradients, k, slot, experts if slot.stacked else None)
             .to(device)
@@ -123,7 +123,7 @@ def predicted_changes(ctx: Context, keys: Keys) -> dict[str, float]:
     changes = dict.fromkeys(SETS, 0.0)
     forecast, edit = ctx.store.open(keys[FORECAST]), open_edit(ctx, keys)
     projector = ctx.store.open(keys[PROJECTOR]) if PROJECTOR in keys else None
-    slerped = ctx.recipe.merge.router == "slerp"
+    slerped = ctx.recipe.merge.router.startswith("slerp")
     for unit in forecast.units():
         layer = layer_of_unit(unit)
         sigmas: dict[str, Tensor] = {}  # read once, whatever number of experts has one

@@ -24,11 +24,11 @@ from crane_tasks.apply.pipeline import Pipeline
 from crane_tasks.apply.rows import check_rows
 from crane_tasks.apply.windows import parts_of_entry
 from crane_tasks.delta import DELTA, read_statistics
-from crane_tasks.edit import edit_named, edit_of, edit_stages, not_of_edit
+from crane_tasks.edit import edit_fields, edit_of, edit_stages, not_of_edit, slot_scales
 from crane_tasks.models.files.safetensors_io import ShardWriter
 from crane_tasks.numerics.edit import EditSums
 from crane_tasks.parallel import spread_units
-from crane_tasks.recipe import field_of, known_methods
+from crane_tasks.recipe import Merge, field_of
 from crane_tasks.session import Context
 from crane_tasks.sizes import sizes_of
 from crane_tasks.stage import BASE, SIDE_FILES, TOKENIZER, Keys, Needs, Stage
@@ -36,13 +36,21 @@ from crane_tasks.stage import BASE, SIDE_FILES, TOKENIZER, Keys, Needs, Stage
 COLUMNS = [f.name for f in fields(EditSums)]
 
 
+# Of the section `merge`: always in the key.
+FIRST_FIELDS = ("router", "embedding", "lm_head", "rounding", "seed")
+
+
 def edit_config(ctx: Context) -> Mapping[str, Any]:
     """What an edit's parts read of the recipe, and its `merge` section."""
     recipe = ctx.settled
     config = {path.split(".")[-1]: field_of(recipe, path) for path in edit_of(recipe).fields}
-    # Keys of the paper's method are older than the field that names a method.
-    method = config["merge"].pop("method")
-    return config if method == "crane" else config | {"method": method}
+    # Keys are older than some fields: left at their defaults these are in no key.
+    if not config.get("unify", True):
+        del config["unify"]
+    usual = Merge().model_dump(mode="json")
+    merge = config["merge"]
+    config["merge"] = {k: v for k, v in merge.items() if k in FIRST_FIELDS or v != usual[k]}
+    return config
 
 
 def check_destination(ctx: Context, keys: Keys) -> bool:
@@ -67,6 +75,9 @@ def _plan(ctx: Context) -> list[Shard]:
 def _check(ctx: Context, keys: Keys) -> None:
     if not ctx.store.has(keys[APPLY]):
         check_rows(ctx)
+        slot_scales(ctx.recipe.merge.scales, ctx.pair().base.slots.values())
+        for part in edit_of(ctx.recipe).parts:
+            part.check(ctx, keys)
 
 
 def write_apply(ctx: Context, keys: Keys, draft: Draft) -> None:
@@ -200,7 +211,7 @@ APPLY = Stage(
         **edit_stages(),
     },
     # Of every edit; one that has no gate or no projection does not read what theirs is.
-    fields=tuple(sorted({field for m in known_methods() for field in edit_named(m).fields})),
+    fields=edit_fields(),
     config=edit_config,
     without=not_of_edit,
     companions=(FORECAST,),

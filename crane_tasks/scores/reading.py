@@ -1,6 +1,7 @@
 """S(c, l), aggregated from the sums that the stage `scores` has stored."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +36,20 @@ class Scores:
         }
 
 
+def alpha_by_rule(artifact: Artifact, scores: Scores) -> float:
+    """Σ S p / Σ S² (s_R² + s_A²) over layers and components: a step of Newton's method along the
+    scored delta, with the squared slopes in place of the curvature. It is what one of the
+    method's scripts prints; its scale is that of the losses, and nothing uses it.
+    """
+    gain, curvature = 0.0, 0.0
+    for layer, parts in layer_sums(artifact).items():
+        for component, sums in parts.items():
+            score = scores.at(layer, component)
+            gain += score * sums.p
+            curvature += score**2 * (sums.s_r2 + sums.s_a2)
+    return gain / curvature if curvature > 0 else math.nan
+
+
 def layer_sums(artifact: Artifact) -> dict[int | None, dict[str, GainSums]]:
     """The gate's sums per layer (None: outside) and component."""
     layers: dict[int | None, dict[str, GainSums]] = {}
@@ -46,7 +61,9 @@ def layer_sums(artifact: Artifact) -> dict[int | None, dict[str, GainSums]]:
     return layers
 
 
-def read_scores(artifact: Artifact, layout: Layout, baseline: str) -> Scores:
+def read_scores(
+    artifact: Artifact, layout: Layout, baseline: str, *, unify: bool = False
+) -> Scores:
     """Aggregate and normalise (docs/method.md, "S").
 
     `baseline` "auto" is the layout's: in every layer the first of its candidates that the
@@ -56,6 +73,9 @@ def read_scores(artifact: Artifact, layout: Layout, baseline: str) -> Scores:
         ScoreError: a layer's baseline has no positive gain.
     """
     sums = layer_sums(artifact)
+    parts_of = {layer: set(parts) for layer, parts in sums.items()}
+    if unify:
+        sums = {layer: unified(parts) for layer, parts in sums.items()}
     candidates = layout.baseline if baseline == "auto" else (baseline,)
 
     def chosen(parts: Mapping[str, GainSums]) -> str:
@@ -75,4 +95,27 @@ def read_scores(artifact: Artifact, layout: Layout, baseline: str) -> Scores:
             f"{error}, so the scores cannot be normalised. Add calibration prompts, or "
             "choose another gate.baseline."
         ) from error
+    if unify:
+        per_layer = {i: _shared(row, parts_of[i]) for i, row in per_layer.items()}
+        everywhere = set().union(*parts_of.values())
+        per_component = _shared(per_component, everywhere)
     return Scores(per_layer, per_component, {k: chosen(v) for k, v in layers.items()})
+
+
+# What the official script scores as one where it is asked to: a component, and whose score
+# it takes.
+SCORED_WITH = {"shared_expert": "expert", "linear_attn": "attention"}
+
+
+def unified(parts: Mapping[str, GainSums]) -> dict[str, GainSums]:
+    """A layer's sums with those of shared experts in the experts', linear in attention's."""
+    sums: dict[str, GainSums] = {}
+    for component, part in parts.items():
+        name = SCORED_WITH.get(component, component)
+        sums[name] = sums.get(name, GainSums()) + part
+    return sums
+
+
+def _shared(scores: Mapping[str, float], components: Collection[str]) -> dict[str, float]:
+    """The scores of all components; one that was scored with another has that one's."""
+    return {c: scores[SCORED_WITH.get(c, c)] for c in components if SCORED_WITH.get(c, c) in scores}

@@ -59,8 +59,9 @@ def scores_of(ctx: Context, keys: Keys) -> Scores:
     Raises:
         ScoreError: the recipe's baseline has no positive gain in some layer.
     """
-    layout, baseline = ctx.pair().base.layout, ctx.recipe.gate.baseline
-    return read_scores(ctx.store.open(keys[SCORES]), layout, baseline)
+    layout, gate = ctx.pair().base.layout, ctx.recipe.gate
+    scores = ctx.store.open(keys[SCORES])
+    return read_scores(scores, layout, gate.baseline, unify=gate.unify)
 
 
 def _confirm(ctx: Context, keys: Keys) -> None:

@@ -1,13 +1,13 @@
 """Every leaf of the recipe's schema, and the stages that the stages themselves say it concerns."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, get_args
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from crane_tasks.method import used
-from crane_tasks.recipe import Endpoint, Recipe
+from crane_tasks.recipe import KEYLESS, Endpoint, Recipe
 from crane_tasks.stage import Source, Stage
 
 
@@ -34,13 +34,24 @@ def concerns(path: str, names: set[str]) -> bool:
     return any(f"{path}.".startswith(f"{n}.") or f"{n}.".startswith(f"{path}.") for n in names)
 
 
-def affected(path: str, recipe: Recipe) -> set[str]:
-    """The roles of the stages whose keys a leaf changes: readers, and what is made from them."""
-    roles: set[str] = set()
+def affected(path: str, recipe: Recipe, roles: Collection[str] = ()) -> set[str]:
+    """The roles of the stages whose keys a leaf changes: readers, and what is made from them.
+
+    `roles` are known to change already.
+    """
+    roles = set(roles)
+    if reason(path) is not None:
+        return roles
     for stage in used(recipe):
         if concerns(path, stage.reads(recipe)) or _made_from(stage, recipe, roles):
             roles.add(stage.role)
     return roles
+
+
+def reason(path: str) -> str | None:
+    """Why a leaf is in no key, if it is said to be in none."""
+    named = (why for name, why in KEYLESS.items() if f"{path}.".startswith(f"{name}."))
+    return next(named, None)
 
 
 def _made_from(stage: Stage, recipe: Recipe, roles: set[str]) -> bool:

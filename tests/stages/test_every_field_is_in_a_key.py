@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from conftest import TinyPair, load_tensors, save_tensors
-from recipe_fields import affected, concerns, leaves
+from recipe_fields import affected, concerns, leaves, reason
 from tiny_merge import asked
 
 from crane_tasks.evaluate import metrics
@@ -44,12 +44,18 @@ OTHERS: dict[str, Any] = {
     "calibration.format.max_length": 100,
     "calibration.format.patterns": ["<tool_call>"],
     "gate.baseline": "attention",
+    "gate.unify": True,
     "gate.store_gradients": False,
     "gate.compute": "bfloat16",
     "projector.rank": 4,
     "projector.cutoff": 1e-3,
     "projector.sites": "all",
     "merge.method": "linear",
+    "merge.threshold": "top",
+    "merge.gate": "flat",
+    "merge.projection": "none",
+    "merge.density": 0.3,
+    "merge.scales": {"attention": 0.5},
     "merge.router": "slerp",
     "merge.embedding.scale": 0.1,
     "merge.embedding.rows": {"<think>": 0.5},
@@ -123,12 +129,6 @@ def before(path: str) -> tuple[str, ...]:
     return ("merge.rounding=nearest",) if path == "merge.rounding" else ()
 
 
-def reason(path: str) -> str | None:
-    """Why a leaf is in no key, if it is said to be in none."""
-    named = (why for name, why in KEYLESS.items() if f"{path}.".startswith(f"{name}."))
-    return next(named, None)
-
-
 @pytest.mark.parametrize("path", [path for path, _ in leaves()])
 def test_a_field_changes_the_keys_of_the_stages_that_declare_it_and_no_other(
     path: str, keyring: Keyring
@@ -137,15 +137,12 @@ def test_a_field_changes_the_keys_of_the_stages_that_declare_it_and_no_other(
     usual = before(path)
     ours, theirs = keyring.keys(*usual), keyring.keys(*usual, f"{path}={json.dumps(OTHERS[path])}")
     changed = {role for role in ours | theirs if ours.get(role) != theirs.get(role)}
-    declared = affected(path, keyring.recipe(*usual))
-    if reason(path) is not None:
-        declared = set()
     assert changed or reason(path) is not None, (
         f"{path}: is in no stage's key, so a merge would reuse what was made with another value. "
         "Name it in the `fields` of the stages that read it, or in KEYLESS with the reason."
     )
-    if path == "merge.method":  # which stages there are is its choice
-        declared |= ours.keys() - theirs.keys()
+    # Which stages there are is an edit's choice; what was made from those that go is another.
+    declared = affected(path, keyring.recipe(*usual), ours.keys() - theirs.keys())
     assert changed == declared, f"{path}: keys of {changed} changed, {declared} declare it"
 
 
