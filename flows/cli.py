@@ -158,14 +158,16 @@ def scores(
         from flows.merge import compute_scores, stage_json
 
         session = _session(view, recipe, assignments, store)
-        built, scores = compute_scores(session, view.timed)
+        scored = compute_scores(session, view.timed)
         if as_json:
-            table = scores.as_json()
+            table = scored.scores.as_json()
+            told = {"name": session.recipe.name, "alpha_by_rule": scored.alpha_by_rule}
             # As in `merge --json` under "scores", and directly, as the object asked for.
-            stages = [stage_json(b) for b in built]
-            print_json({"name": session.recipe.name, "stages": stages, "scores": table, **table})
+            stages = [stage_json(b) for b in scored.stages]
+            print_json({**told, "stages": stages, "scores": table, **table})
         else:
-            view.scores(scores)
+            view.scores(scored.scores)
+            view.alpha_by_rule(scored.alpha_by_rule)
 
     guarded(work, debug=debug)
 

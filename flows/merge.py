@@ -17,7 +17,7 @@ from crane_tasks.places import report_folder
 from crane_tasks.projector import PROJECTOR
 from crane_tasks.report.merge import MergeReport, write_report
 from crane_tasks.report.tables import Cells, edit_table
-from crane_tasks.scores.reading import Scores
+from crane_tasks.scores.reading import Scores, alpha_by_rule
 from crane_tasks.scores.stage import SCORES, scores_of
 from crane_tasks.session import Context, Session, open_context
 from crane_tasks.stage import Keys, Stage
@@ -133,7 +133,16 @@ def _collected(merged: Merged) -> Merged:
     return merged
 
 
-def compute_scores(session: Session, call: Call = in_this_process) -> tuple[list[Built], Scores]:
+@dataclass(frozen=True)
+class Scored:
+    """S of a recipe, and the alpha that the script's rule gives."""
+
+    stages: list[Built]
+    scores: Scores
+    alpha_by_rule: float
+
+
+def compute_scores(session: Session, call: Call = in_this_process) -> Scored:
     """S(c, l) for a recipe, computing what is missing.
 
     Raises:
@@ -147,9 +156,10 @@ def compute_scores(session: Session, call: Call = in_this_process) -> tuple[list
         raise RecipeError(f"merge.method: {ctx.recipe.merge.method} has no gate, and no scores")
     check_stages(ctx, keys)
 
-    def work() -> tuple[list[Built], Scores]:
-        before = build_before(SCORES, ctx, keys, call)
-        return [*before, call(SCORES, ctx, keys)], scores_of(ctx, keys)
+    def work() -> Scored:
+        built = [*build_before(SCORES, ctx, keys, call), call(SCORES, ctx, keys)]
+        scores = scores_of(ctx, keys)
+        return Scored(built, scores, alpha_by_rule(ctx.store.open(keys[SCORES]), scores))
 
     with naming_full_disk(session.store.root):
         return healing(session, work)

@@ -103,6 +103,13 @@ class Terminal:
 
         self._table("S(component, layer)", score_table(scores))
 
+    def alpha_by_rule(self, alpha: float) -> None:
+        """What one of the method's scripts prints beside the scores."""
+        self.out.print(
+            f"alpha by rule: {alpha:.4g}, sum(S p) / sum(S^2 (s_R^2 + s_A^2)): a Newton step with "
+            "squared slopes for the curvature. Nothing uses it; `crane sweep` measures alphas."
+        )
+
     def plan(self, plan: "Plan") -> None:
         """What each stage would do."""
         rows = [

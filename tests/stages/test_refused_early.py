@@ -166,7 +166,7 @@ def test_scores_that_only_the_report_reads_are_mended(
     chunk = chunk_files(store.artifacts("scores")[0] / "data.zarr/layer.0/tensors")[0]
     chunk.write_bytes(chunk.read_bytes()[:-9])
     notices: list[str] = []
-    built, scores = compute_scores(Session(pair.recipe(), store, notice=notices.append))
-    assert [b.status for b in built if b.ref.stage == "scores"] == ["computed"]
-    assert len(notices) == 1 and scores.per_layer.keys() == {0, 1}
+    scored = compute_scores(Session(pair.recipe(), store, notice=notices.append))
+    assert [b.status for b in scored.stages if b.ref.stage == "scores"] == ["computed"]
+    assert len(notices) == 1 and scored.scores.per_layer.keys() == {0, 1}
     assert set(statuses(staged(pair, folder / "store", folder / "out"))) == set(NAMES)
