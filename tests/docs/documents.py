@@ -14,12 +14,12 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "stages")]
 
 from pydantic.fields import FieldInfo  # noqa: E402
 from pydantic_core import PydanticUndefined  # noqa: E402
-from recipe_fields import affected, leaves  # noqa: E402
+from recipe_fields import affected, leaves, reason  # noqa: E402
 
 from crane_tasks.edit import edit_of  # noqa: E402
 from crane_tasks.evaluate.metrics import METRICS  # noqa: E402
 from crane_tasks.method import ARTIFACTS, STAGES  # noqa: E402
-from crane_tasks.recipe import KEYLESS, Recipe, known_methods  # noqa: E402
+from crane_tasks.recipe import Recipe, known_methods  # noqa: E402
 from crane_tasks.recipe_file import recipe_from  # noqa: E402
 from crane_tasks.stage import Stage  # noqa: E402
 
@@ -67,8 +67,7 @@ def _default(info: FieldInfo) -> str:
 
 
 def _again(path: str, recipe: Recipe) -> str:
-    why = next((w for name, w in KEYLESS.items() if f"{path}.".startswith(f"{name}.")), None)
-    if why is not None:
+    if (why := reason(path)) is not None:
         return f"nothing: {why}"
     roles = affected(path, recipe)
     return ", ".join(stage.name for stage in STAGES if stage.role in roles)
@@ -85,7 +84,7 @@ def edits() -> str:
     rows = []
     for name in known_methods():
         edit = edit_of(example(method=name))
-        made = ["delta", *(part.stage.name for part in edit.parts)]
+        made = ["delta", *edit.stages]
         rows.append([f"`{name}`", edit.title, f"`{edit.formula}`", edit.cite, ", ".join(made)])
     return table(["`merge.method`", "", "formula", "source", "made from"], rows)
 

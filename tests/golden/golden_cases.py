@@ -24,8 +24,9 @@ from crane_tasks.evaluate.metrics import METRICS, Answers, Measured, table_ident
 from crane_tasks.method import ARTIFACTS
 from crane_tasks.models.files.tokenizer import load_tokenizer
 from crane_tasks.models.walk.gradients import Accumulator
+from crane_tasks.numerics.hashing import seed_of
 from crane_tasks.numerics.projector import basis_from_gram, gram, project, protection
-from crane_tasks.numerics.rounding import round_stochastic, seed_of
+from crane_tasks.numerics.rounding import round_stochastic
 from crane_tasks.numerics.scores import GainSums, normalised, pooled
 from crane_tasks.numerics.slerp import slerp
 from crane_tasks.numerics.threshold import keep_above, median_magnitude
