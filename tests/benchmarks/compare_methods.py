@@ -49,7 +49,8 @@ def main() -> None:
     out.write(f"| --- | ---: |{' ---: |' * len(titles)}\n")
     for name, changes in VARIANTS.items():
         session = open_session(recipe, [*more, *changes], store=store)
-        folder = Path(store) / "reports" / name.replace(" ", "-").replace(",", "")
+        place = name.replace(" ", "-").replace(",", "").replace(":", "")
+        folder = Path(f"{store}-reports") / place
         points = sweep(session, ALPHAS, folder=folder).points
         kept = [p for p in points if p.error is None and KEEPS.met(p.metrics)]
         best = min(kept, key=lambda p: p.metrics["reasoning_loss"], default=None)
