@@ -27,6 +27,7 @@ from crane_tasks.models.files.tokenizer import load_tokenizer
 from crane_tasks.recipe import LmHead, TokenRows
 from crane_tasks.rows import RowSet, load_rows
 from crane_tasks.session import Context, open_context
+from crane_tasks.sizes import sizes_of
 from crane_tasks.stage import Stage
 
 Pairs = Callable[[str], TinyPair]
@@ -254,11 +255,31 @@ def test_rows_that_changed_after_their_key_was_made_are_refused(desk: Desk) -> N
     assert not ctx.store.has(keys[AGENT])
 
 
-def test_a_prompt_that_leaves_no_room_for_a_target_is_refused(desk: Desk) -> None:
-    rows = desk.rows(lines(GOOD, {"messages": [{"role": "user", "content": "long " * 30}]}))
-    section = desk.pair.recipe("calibration.agent.max_length=100").calibration.agent
-    with pytest.raises(DataError, match=r"line 2: the prompt has \d+ tokens, max_length is 100"):
-        check_targets(load_tokenizer(desk.pair.base), section, rows)
+def test_a_prompt_longer_than_the_limit_is_refused_and_one_that_reaches_it_is_not(
+    desk: Desk,
+) -> None:
+    long = {"messages": [{"role": "user", "content": "long " * 30}], "completion": "y" * 500}
+    rows, tokenizer = desk.rows(lines(GOOD, long)), load_tokenizer(desk.pair.base)
+    count = len(check_targets(tokenizer, desk.pair.recipe().calibration.agent, rows)[1])
+
+    def at_most(limit: int) -> None:
+        setting = f"calibration.agent.max_prompt_length={limit}"
+        check_targets(tokenizer, desk.pair.recipe(setting).calibration.agent, rows)
+
+    at_most(count)
+    message = f"line 2: the prompt has {count} tokens, max_prompt_length is {count - 1}"
+    with pytest.raises(DataError, match=message):
+        at_most(count - 1)
+
+
+@pytest.mark.parametrize("place", ["calibration.reasoning", "calibration.agent", "evaluate"])
+def test_the_old_bound_of_prompt_and_target_is_refused_with_what_it_is_now(
+    place: str, desk: Desk
+) -> None:
+    with pytest.raises(RecipeError, match=rf"{place}: .*max_length is now max_prompt_length") as e:
+        desk.pair.recipe(f"{place}.max_length=2048", f"{place}.typo=1")
+    assert "unknown" not in str(e.value)
+    desk.pair.recipe("calibration.format.max_length=2048")
 
 
 @pytest.mark.parametrize("completion", ["", " \n"])
@@ -288,14 +309,33 @@ def test_a_given_target_is_its_tokens_and_the_end(desk: Desk) -> None:
     assert found.places == ["reasoning.jsonl line 1", "reasoning.jsonl line 2"]
 
 
-def test_a_long_target_is_cut_and_its_prompt_never(desk: Desk) -> None:
+def test_a_given_target_is_never_cut(desk: Desk) -> None:
     desk.rows(lines({**GOOD, "completion": "y" * 500}), "agent.jsonl")
-    ctx = desk.context("calibration.agent.max_length=40")
+    ctx = desk.context(
+        "calibration.agent.max_prompt_length=40", "calibration.agent.max_new_tokens=5"
+    )
     found = made(ctx, AGENT)
     text = load_tokenizer(ctx.base).decode(found.sequences[0])
     prompt = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
-    assert found.sequences[0].numel() == 40
-    assert text == prompt + "y" * found.target_lengths[0]
+    assert text == prompt + "y" * 500 + "<|im_end|>"
+    assert found.target_lengths == [501]
+    assert found.unended == []
+
+
+def test_tokens_are_counted_where_they_are_known_and_reckoned_where_they_are_not(
+    desk: Desk,
+) -> None:
+    sets = {"reasoning": [GOOD, {**GOOD, "completion": "y" * 3000}], "agent": [GOOD]}
+    for name, rows in sets.items():
+        desk.rows(lines(*rows), f"{name}.jsonl")
+    ctx = desk.context()
+    known = sum(s.numel() for stage in (REASONING, AGENT) for s in made(ctx, stage).sequences)
+    assert sizes_of(ctx).tokens == known > 3000
+    desk.rows(lines(GOOD, *[{"messages": [USER]}] * 3), "agent.jsonl")
+    prompt = made(ctx, REASONING).sequences[0].numel() - len("yes") - 1
+    for limit, reckoned in ((7, 7), (2048, 2048), (8192, 2048)):
+        ctx = desk.context(f"calibration.agent.max_new_tokens={limit}")
+        assert sizes_of(ctx).tokens == known + 3 * (prompt + reckoned)
 
 
 @pytest.mark.parametrize("targets", ["donor", "base"])
@@ -311,6 +351,7 @@ def test_a_row_without_completion_is_continued_greedily(targets: str, desk: Desk
     folder = desk.pair.donor if targets == "donor" else desk.pair.base
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     assert found.target_lengths[1] == 4
+    unended = []
     for index in (0, 2, 3):
         length = found.target_lengths[index]
         ids = found.sequences[index].tolist()
@@ -322,6 +363,8 @@ def test_a_row_without_completion_is_continued_greedily(targets: str, desk: Desk
             greedy.append(int(logits[0, -1].argmax()))
         assert greedy[len(prompt) :] == target
         assert length == 5 or target[-1] == 2
+        unended += [found.places[index]] * (target[-1] != 2)
+    assert unended and found.unended == unended
 
 
 def test_who_decodes_is_an_input_only_if_something_is_decoded(desk: Desk) -> None:
