@@ -1,5 +1,6 @@
 """Targets decoded by a running server: those of local decoding, or the merge says otherwise."""
 
+import re
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,6 +28,7 @@ from crane_tasks.calibration.targets import DECODE_BATCH
 from crane_tasks.errors import EndpointError, RecipeError
 from crane_tasks.method import keys_of
 from crane_tasks.models.decoding.server import RETRIES, asked, check_server
+from crane_tasks.models.files.wording import listed
 from crane_tasks.recipe import Endpoint
 from crane_tasks.session import Context, Session, open_context
 from flows.evaluate import evaluate
@@ -332,6 +334,17 @@ def test_a_merge_with_held_out_rows_by_a_server_says_what_its_targets_are(
     assert result.report is not None
     report = result.report.with_name("report.md").read_text()
     assert "Targets of `calibration_reasoning`, `reasoning`" in report
+    found = read_set(result.ctx.store.open(result.keys[REASONING]))
+    assert found.unended
+    lengths = found.target_lengths
+    cells = [
+        ROWS, f"{sum(lengths) / ROWS:.1f}", max(lengths), "0.0%",
+        f"{1 - len(found.unended) / ROWS:.1%}",
+    ]  # fmt: skip
+    assert f"| reasoning | {' | '.join(map(str, cells))} |" in report
+    # The data's own targets end; the agent's do not think.
+    assert re.search(r"\| held-out agent \| \d+ \| [\d.]+ \| \d+ \| 0\.0% \| 100\.0% \|", report)
+    assert f"reasoning: {listed(found.unended)};" in report
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"model: {NAME}" in card and served.url not in card
     assert result.keys[HELDOUT_REASONING].config["model"] == NAME
