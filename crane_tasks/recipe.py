@@ -152,7 +152,7 @@ class TokenRows(Section):
 
     scale: Finite = Field(default=0.0, ge=0, description="fraction of the delta, every row")
     rows: dict[str, Finite] = Field(default={}, description="token -> fraction for its row")
-    keep_special: bool = Field(default=True, description="special tokens' rows stay at base")
+    keep_special: bool = Field(default=True, description="added tokens' rows stay at base")
 
 
 class LmHead(TokenRows):

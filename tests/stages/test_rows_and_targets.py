@@ -11,10 +11,11 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from conftest import TinyPair
+from conftest import REFERENCE, TinyPair
 from hypothesis import given
 from tiny_merge import asked
 
+import flows
 from crane_tasks.apply.rows import row_factors
 from crane_tasks.calibration.format import format_mask
 from crane_tasks.calibration.sets import TokenSet, read_set
@@ -25,12 +26,14 @@ from crane_tasks.evaluate.answers import final_answer, tool_calls
 from crane_tasks.method import keys_of
 from crane_tasks.models.files.tokenizer import load_tokenizer
 from crane_tasks.recipe import LmHead, TokenRows
+from crane_tasks.recipe_file import load_recipe
 from crane_tasks.rows import RowSet, load_rows
 from crane_tasks.session import Context, open_context
 from crane_tasks.sizes import sizes_of
 from crane_tasks.stage import Stage
 
 Pairs = Callable[[str], TinyPair]
+QWEN3 = REFERENCE.parent / "tokenizers" / "qwen3"
 USER = {"role": "user", "content": "hi"}
 
 
@@ -116,14 +119,28 @@ def tokenizer(pairs: Pairs) -> Any:
     return load_tokenizer(pairs("qwen3").base)
 
 
-def test_every_row_moves_by_the_scale_but_special_tokens_stay(tokenizer: Any) -> None:
+def test_every_row_moves_by_the_scale_but_added_tokens_stay(tokenizer: Any) -> None:
     factors = row_factors(LmHead(), 320, tokenizer, "merge.lm_head")
     assert factors.shape == (320,)
-    assert factors[:3].tolist() == [0, 0, 0]
-    assert torch.equal(factors[3:], torch.full((317,), 0.03))
+    assert factors[:9].tolist() == [0] * 9
+    assert torch.equal(factors[9:], torch.full((311,), 0.03))
 
 
-def test_special_tokens_move_too_if_they_are_not_kept(tokenizer: Any) -> None:
+@pytest.mark.skipif(not QWEN3.exists(), reason=f"Qwen3's tokenizer is not at hand ({QWEN3})")
+def test_of_the_real_qwen3_all_added_tokens_stay_but_those_that_are_named() -> None:
+    recipe = load_recipe(Path(flows.__file__).parent / "recipes" / "crane-30b.yaml")
+    tokenizer, padded = load_tokenizer(QWEN3), 151936
+    for section in (recipe.merge.embedding, recipe.merge.lm_head):
+        factors = row_factors(section, padded, tokenizer, "x")
+        named = tokenizer.convert_tokens_to_ids(["<think>", "</think>"])
+        assert factors[named].tolist() == pytest.approx([0.8, 0.8])
+        wanted = torch.full((padded,), section.scale)
+        wanted[151643:151669] = 0
+        wanted[named] = 0.8
+        assert named == [151667, 151668] and torch.equal(factors, wanted)
+
+
+def test_added_tokens_move_too_if_they_are_not_kept(tokenizer: Any) -> None:
     factors = row_factors(TokenRows(scale=0.5, keep_special=False), 320, tokenizer, "x")
     assert torch.equal(factors, torch.full((320,), 0.5))
 
@@ -131,9 +148,9 @@ def test_special_tokens_move_too_if_they_are_not_kept(tokenizer: Any) -> None:
 def test_a_named_row_wins_over_scale_and_over_keeping(tokenizer: Any) -> None:
     rows = TokenRows(scale=0.1, rows={"<think>": 0.8, "<|im_end|>": 0.2, "</think>": 0.0})
     factors = row_factors(rows, 320, tokenizer, "x")
-    names = ["<think>", "</think>", "<|im_end|>", "<|im_start|>", "<tool_call>"]
+    names = ["<think>", "</think>", "<|im_end|>", "<|im_start|>", "<tool_call>", "a"]
     found = factors[tokenizer.convert_tokens_to_ids(names)]
-    assert torch.equal(found, torch.tensor([0.8, 0.0, 0.2, 0.0, 0.1]))
+    assert torch.equal(found, torch.tensor([0.8, 0.0, 0.2, 0.0, 0.0, 0.1]))
 
 
 def test_unknown_row_tokens_are_all_named(tokenizer: Any) -> None:

@@ -274,7 +274,7 @@ class PlainMerge:
             return torch.zeros_like(delta).double()
         if component in ("embedding", "lm_head"):
             scale = torch.full((delta.shape[0], 1), 0.0 if component == "embedding" else 0.03)
-            scale[:3] = 0.0  # the special tokens
+            scale[:9] = 0.0  # the added tokens, special or not
             for token in ("<think>", "</think>"):
                 scale[self.tokenizer.convert_tokens_to_ids(token)] = 0.8
             return scale.double() * delta.double()
