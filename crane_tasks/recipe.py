@@ -91,7 +91,7 @@ WHO_CONTINUES = (
 )
 LONGEST = "tokens of a decoded target, at most"
 LONGEST_PROMPT = "tokens of a prompt, at most; a row with a longer one is refused"
-ROWS = "JSONL or Parquet file, or the id of a hub dataset"
+ROWS = "JSONL, JSON or Parquet file, or the id of a hub dataset"
 
 
 class TargetSet(Section):

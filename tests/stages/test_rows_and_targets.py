@@ -204,7 +204,11 @@ GOOD = {"messages": [USER], "completion": "yes"}
         (lines(GOOD, GOOD) + '{"messages": [\n' + lines(GOOD), r"own\.jsonl line 3: not JSON"),
         (lines(GOOD) + "\n" + lines(GOOD), r"own\.jsonl line 2: not JSON"),
         (lines(GOOD, [1]), r"own\.jsonl line 2: not a JSON object"),
-        (lines(GOOD, {"prompt": "hi"}), r"own\.jsonl line 2: needs `messages`"),
+        (lines(GOOD, {"text": "hi"}), r"own\.jsonl line 2: needs `messages`.* or a `prompt`"),
+        (lines(GOOD, {"system": "hi"}), r"own\.jsonl line 2: needs `messages`.* or a `prompt`"),
+        (lines(GOOD, {"prompt": " "}), r"own\.jsonl line 2: `prompt` is text, and not empty"),
+        (lines({"prompt": 3}), r"own\.jsonl line 1: `prompt` is text"),
+        (lines({"prompt": "a", "system": [1]}), r"own\.jsonl line 1: `system` is text"),
         (lines(GOOD, {"messages": []}), r"own\.jsonl line 2: needs `messages`"),
         (lines(GOOD, {"messages": [{"content": "x"}]}), r"own\.jsonl line 2: .*role"),
         (lines({"messages": [{"role": "user", "content": 3}]}), r"own\.jsonl line 1: .*content"),
@@ -217,12 +221,63 @@ def test_a_broken_row_is_refused_by_its_line(text: str, message: str, desk: Desk
         desk.rows(text)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('["a", 3]', r"own\.json element 2: neither text nor a JSON object"),
+        ('["a", ["b"]]', r"own\.json element 2: neither text nor a JSON object"),
+        ('["a", ""]', r"own\.json element 2: `prompt` is text, and not empty"),
+        ('["a", {"prompt": "b", "system": 3}]', r"own\.json element 2: `system` is text"),
+        ('["a", {"text": "b"}]', r"own\.json element 2: needs `messages`.* or a `prompt`"),
+        ('["a", {"messages": [{"content": "b"}]}]', r"own\.json element 2: every message .*role"),
+        ('{"prompt": "a"}', r"own\.json: not a list.*\.jsonl"),
+        ('["a",\n "b"', r"own\.json: not JSON: .*line 2"),
+        ("", r"own\.json: not JSON"),
+        ("[]", r"own\.json: holds no rows"),
+    ],
+)
+def test_a_broken_element_is_refused_by_its_number(text: str, message: str, desk: Desk) -> None:
+    with pytest.raises(DataError, match=message):
+        desk.rows(text, "own.json")
+
+
+def test_a_prompt_is_the_row_whose_messages_are_its_turns(desk: Desk) -> None:
+    system = {"role": "system", "content": "be brief"}
+    other = {"role": "user", "content": "ho"}
+    messages = [{"messages": [USER]}, {"messages": [system, other]}, {"messages": [USER]}]
+    prompts = [
+        {"prompt": "hi"}, {"prompt": "ho", "system": "be brief"}, {"prompt": "hi", "system": None},
+    ]  # fmt: skip
+    wanted = desk.rows(lines(*messages)).digest
+    assert desk.rows(lines(*prompts), "prompts.jsonl").digest == wanted
+    assert desk.rows(lines(messages[0], *prompts[1:]), "mixed.jsonl").digest == wanted
+    found = desk.rows(json.dumps(["hi", *prompts[1:]]), "own.json")
+    assert found.digest == wanted
+    assert desk.rows(json.dumps(messages), "messages.json").digest == wanted
+    table = pyarrow.Table.from_pylist([{"system": None, **row} for row in prompts])
+    pyarrow.parquet.write_table(table, desk.pair.folder / "own.parquet")
+    assert load_rows(desk.pair.recipe(), "own.parquet").digest == wanted
+    assert [row.place for row in found.rows] == [f"own.json element {n}" for n in (1, 2, 3)]
+
+
+def test_prompts_as_text_have_the_tokens_of_their_turns(desk: Desk) -> None:
+    prompts = ["hi", {"prompt": "ho", "system": "be brief", "completion": "yes"}]
+    desk.rows(json.dumps(prompts), "own.json")
+    ctx = desk.context("calibration.reasoning.data=own.json",
+                       "calibration.reasoning.max_new_tokens=3")  # fmt: skip
+    found, tokenizer = made(ctx, REASONING), load_tokenizer(ctx.base)
+    texts = ["user\nhi", "system\nbe brief<|im_end|>\n<|im_start|>user\nho"]
+    whole = [f"<|im_start|>{t}<|im_end|>\n<|im_start|>assistant\n" for t in texts]
+    assert found.prompts() == [tokenizer(text)["input_ids"] for text in whole]
+    assert found.targets()[1] == tokenizer("yes<|im_end|>")["input_ids"]
+
+
 def test_an_absent_or_foreign_file_is_refused(desk: Desk) -> None:
     with pytest.raises(DataError, match=r"nowhere\.jsonl: no such data file"):
         load_rows(desk.pair.recipe(), "nowhere.jsonl")
     with pytest.raises(DataError, match=r"sub/nowhere\.jsonl: no such data file"):
         load_rows(desk.pair.recipe(), "sub/nowhere.jsonl")
-    with pytest.raises(DataError, match="JSONL or Parquet"):
+    with pytest.raises(DataError, match="JSONL, JSON or Parquet"):
         desk.rows("messages", "own.csv")
 
 
