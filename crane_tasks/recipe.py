@@ -19,6 +19,7 @@ from pydantic import (
     PrivateAttr,
     Tag,
     field_validator,
+    model_validator,
 )
 
 FORMAT_PATTERNS = (
@@ -36,6 +37,18 @@ class Section(BaseModel):
     """Base of all sections: frozen, and a misspelt key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_max_length(cls, value: Any) -> Any:
+        """The old name bounded prompt and target together: it must not pass for the new one."""
+        named = isinstance(value, Mapping) and "max_length" in value
+        if named and "max_prompt_length" in cls.model_fields:
+            raise ValueError(
+                "max_length is now max_prompt_length, which bounds the prompt alone; a target may "
+                "have max_new_tokens tokens besides, and a given `completion` is never cut"
+            )
+        return value
 
 
 class Endpoint(Section):
@@ -77,7 +90,8 @@ WHO_CONTINUES = (
     "{endpoint: URL, model: NAME}, a running server"
 )
 LONGEST = "tokens of a decoded target, at most"
-ROWS = "JSONL or Parquet file, or the id of a hub dataset"
+LONGEST_PROMPT = "tokens of a prompt, at most; a row with a longer one is refused"
+ROWS = "JSONL, JSON or Parquet file, or the id of a hub dataset"
 
 
 class TargetSet(Section):
@@ -86,7 +100,7 @@ class TargetSet(Section):
     data: str = Field(description=ROWS)
     targets: Targets = Field(description=WHO_CONTINUES)
     max_new_tokens: int = Field(default=2048, gt=0, description=LONGEST)
-    max_length: int = Field(default=2048, gt=1, description="prompt and target, in tokens")
+    max_prompt_length: int = Field(default=2048, gt=0, description=LONGEST_PROMPT)
 
 
 class ReasoningSet(TargetSet):
@@ -141,7 +155,7 @@ class TokenRows(Section):
 
     scale: Finite = Field(default=0.0, ge=0, description="fraction of the delta, every row")
     rows: dict[str, Finite] = Field(default={}, description="token -> fraction for its row")
-    keep_special: bool = Field(default=True, description="special tokens' rows stay at base")
+    keep_special: bool = Field(default=True, description="added tokens' rows stay at base")
 
 
 class LmHead(TokenRows):
@@ -199,7 +213,7 @@ class Evaluate(Section):
     agent: str | None = Field(default=None, description="held-out rows, as `calibration`")
     generate: int = Field(default=0, ge=0, description="answer this many held-out prompts")
     max_new_tokens: int = Field(default=2048, gt=0, description=LONGEST)
-    max_length: int = Field(default=2048, gt=1, description="prompt and target, in tokens")
+    max_prompt_length: int = Field(default=2048, gt=0, description=LONGEST_PROMPT)
 
 
 Workers = (
@@ -279,6 +293,9 @@ KEYLESS = {
     "gate.store_gradients": "kept or not, the scores are the same",
     "calibration.reasoning.targets.endpoint": "a server that moves has the same model",
     "calibration.agent.targets.endpoint": "a server that moves has the same model",
+    "calibration.reasoning.max_prompt_length": "refuses rows, changes none",
+    "calibration.agent.max_prompt_length": "refuses rows, changes none",
+    "evaluate.max_prompt_length": "refuses rows, changes none",
 }
 
 

@@ -1,4 +1,7 @@
-"""Rows of conversations, read through `datasets` from JSONL, Parquet or the hub."""
+"""Rows of conversations, read through `datasets` from JSONL, Parquet or the hub, or from JSON.
+
+A JSON file is a list of prompts, as the method's official data has them.
+"""
 
 import json
 import tempfile
@@ -46,6 +49,8 @@ class RowSet:
     digest: str
 
 
+# What a row of a file is called, by the file's ending.
+UNITS = {".jsonl": "line", ".json": "element", ".parquet": "row"}
 # More sources than a recipe names: a run reads each of its files once.
 SOURCES_KEPT = 8
 
@@ -58,13 +63,13 @@ def load_rows(recipe: Recipe, value: str) -> RowSet:
 
     Raises:
         DataError: absent, unreadable, empty, or a row that is no conversation; a broken
-            JSONL line is named by its number.
+            line or element is named by its number.
     """
     file = recipe.locate(value)
     if file is not None:
         stat = file.stat()
         return _rows_of_file(file, value, stat.st_size, stat.st_mtime_ns)
-    if value.count("/") != 1 or Path(value).suffix in (".jsonl", ".parquet"):
+    if value.count("/") != 1 or Path(value).suffix in UNITS:
         raise DataError(f"{value}: no such data file beside the recipe or in this folder")
     return _rows(_read_hub(value), value, f"{value} row")
 
@@ -72,8 +77,7 @@ def load_rows(recipe: Recipe, value: str) -> RowSet:
 @lru_cache(maxsize=SOURCES_KEPT)
 def _rows_of_file(file: Path, value: str, size: int, mtime_ns: int) -> RowSet:
     """The rows of a file as it was at a size and modification time."""
-    unit = "line" if file.suffix == ".jsonl" else "row"
-    return _rows(_read_file(file), value, f"{file.name} {unit}")
+    return _rows(_read_file(file), value, f"{file.name} {UNITS.get(file.suffix)}")
 
 
 def _rows(raw: Sequence[Mapping[str, Any]], value: str, place: str) -> RowSet:
@@ -86,11 +90,13 @@ def _rows(raw: Sequence[Mapping[str, Any]], value: str, place: str) -> RowSet:
 def _read_file(file: Path) -> list[dict[str, Any]]:
     import datasets
 
-    kind = {".jsonl": "json", ".parquet": "parquet"}.get(file.suffix)
     if not file.is_file():
         raise DataError(f"{file}: is a folder, not a data file")
-    if kind is None:
-        raise DataError(f"{file}: data is JSONL or Parquet, not '{file.suffix}'")
+    if file.suffix not in UNITS:
+        raise DataError(f"{file}: data is JSONL, JSON or Parquet, not '{file.suffix}'")
+    if file.suffix == ".json":
+        return _read_list(file)
+    kind = "parquet" if file.suffix == ".parquet" else "json"
     if kind == "json":
         _check_lines(file)
     datasets.disable_progress_bars()
@@ -105,6 +111,22 @@ def _read_file(file: Path) -> list[dict[str, Any]]:
         except (datasets.exceptions.DatasetsError, ValueError, OSError, KeyError) as error:
             reason = str(error.__cause__ or error).splitlines()[0]
             raise DataError(f"{file}: cannot be read: {reason}") from error
+
+
+def _read_list(file: Path) -> list[dict[str, Any]]:
+    """The elements of a JSON list: rows, or prompts as mere text."""
+    try:
+        elements = json.loads(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise DataError(f"{file}: not JSON: {error}") from error
+    if not isinstance(elements, list):
+        raise DataError(f"{file}: not a list; one row per line is for a .jsonl file")
+    records = []
+    for number, element in enumerate(elements, start=1):
+        if not isinstance(element, str | dict):
+            raise DataError(f"{file} element {number}: neither text nor a JSON object")
+        records.append({"prompt": element} if isinstance(element, str) else element)
+    return records
 
 
 def _check_lines(file: Path) -> None:
@@ -136,8 +158,10 @@ def _read_hub(name: str) -> list[dict[str, Any]]:
 
 def _row(record: Mapping[str, Any], place: str) -> Row:
     messages = record.get("messages")
+    if messages is None and record.get("prompt") is not None:
+        messages = _turns(record, place)
     if not isinstance(messages, list) or not messages:
-        raise DataError(f"{place}: needs `messages`, a list of {{role, content}}")
+        raise DataError(f"{place}: needs `messages`, a list of {{role, content}}, or a `prompt`")
     for message in messages:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise DataError(f"{place}: every message needs a role")
@@ -149,3 +173,16 @@ def _row(record: Mapping[str, Any], place: str) -> Row:
     if completion is not None and not isinstance(completion, str):
         raise DataError(f"{place}: `completion` is text")
     return Row(place, messages, record.get("tools") or None, completion)
+
+
+def _turns(record: Mapping[str, Any], place: str) -> list[dict[str, str]]:
+    """The messages of a row that is a `prompt`, a user's turn, perhaps behind a `system` one."""
+    turns = []
+    for key, role in (("system", "system"), ("prompt", "user")):
+        text = record.get(key)
+        if text is None:
+            continue
+        if not isinstance(text, str) or not text.strip():
+            raise DataError(f"{place}: `{key}` is text, and not empty")
+        turns.append({"role": role, "content": text})
+    return turns

@@ -10,6 +10,9 @@ from pathlib import Path
 from crane_tasks.errors import OutputError
 from crane_tasks.models.files.checkpoint import Checkpoint
 from crane_tasks.models.files.layout import Slot
+from crane_tasks.models.files.tokenizer import load_tokenizer
+from crane_tasks.recipe import TargetSet
+from crane_tasks.rendering import completion_ids, prompt_ids
 from crane_tasks.rows import load_rows
 from crane_tasks.session import Context
 
@@ -19,6 +22,9 @@ FLOPS = {"cpu": 5e10, "cuda": 1e14}
 COPIES = 16  # bytes in flight per weight of the largest tensor: a few float32 copies
 # Moved by a plain fraction of the delta, so they have no threshold and no score (docs/method.md).
 PLAIN = ("embedding", "lm_head")
+# Tokens that a target is reckoned with which is still to be decoded. Up to 8,192 are allowed and
+# few become so long: with that bound, disks would be refused that suffice.
+RECKONED = 2048
 
 
 def gated(slots: Iterable[Slot]) -> list[Slot]:
@@ -38,7 +44,7 @@ class Sizes:
         largest: weights of the largest single tensor.
         parameters: all weights.
         wide: bytes of a weight in the compute dtype.
-        tokens: of the gate's sets; an upper bound.
+        tokens: of the gate's sets; targets that must be decoded are reckoned (`RECKONED`).
         boundary: bytes of all their hidden states between two layers.
         layers: decoder layers.
         rate: multiply-adds a second.
@@ -123,11 +129,28 @@ def _nbytes(base: Checkpoint, slot: Slot) -> int:
 
 
 def count_tokens(ctx: Context) -> int:
-    """An upper bound of the gate's tokens: rows are counted, not tokenised."""
+    """The gate's tokens: of prompts and given targets counted, of those to be decoded reckoned.
+
+    Raises:
+        DataError: the chat template refuses a row.
+    """
     sets = ctx.recipe.calibration
-    return sum(
-        len(load_rows(ctx.recipe, s.data).rows) * s.max_length for s in (sets.reasoning, sets.agent)
-    )
+    return sum(_tokens_of(ctx, s) for s in (sets.reasoning, sets.agent))
+
+
+def _tokens_of(ctx: Context, section: TargetSet) -> int:
+    rows = load_rows(ctx.recipe, section.data)
+
+    def count() -> int:
+        tokenizer = load_tokenizer(ctx.base)
+        texts = (row.completion for row in rows.rows if row.completion is not None)
+        given = sum(len(completion_ids(tokenizer, text)) for text in texts)
+        return given + sum(len(prompt_ids(tokenizer, row)) for row in rows.rows)
+
+    key = (ctx.tokenizer_id, rows.digest)
+    known = ctx.session.kept.one(f"tokens of {section.data}", key, count)
+    waiting = sum(row.completion is None for row in rows.rows)
+    return known + waiting * min(section.max_new_tokens, RECKONED)
 
 
 def check_disk_space(wanted: Iterable[tuple[Path, int, str]]) -> None:

@@ -17,6 +17,7 @@ from crane_tasks.places import report_folder
 from crane_tasks.projector import PROJECTOR
 from crane_tasks.report.merge import MergeReport, write_report
 from crane_tasks.report.tables import Cells, edit_table
+from crane_tasks.report.targets import target_sets
 from crane_tasks.scores.reading import Scores, alpha_by_rule
 from crane_tasks.scores.stage import SCORES, scores_of
 from crane_tasks.session import Context, Session, open_context
@@ -127,6 +128,7 @@ def _collected(merged: Merged) -> Merged:
         gains=artifact(SCORES),
         projector=artifact(PROJECTOR),
         carried=ctx.pair().base.carried,
+        targets=target_sets(ctx, keys),
         retokenised=retokenised(ctx, measured_sets(ctx, keys)),
     )
     merged.report = write_report(whole, report_folder(ctx.output))

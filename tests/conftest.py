@@ -247,10 +247,10 @@ def write_recipe(folder: Path, **changes: Any) -> None:
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
 
 
-def build_pair(folder: Path, architecture: str) -> TinyPair:
-    """A pair whose sides are sharded differently on purpose."""
+def build_pair(folder: Path, architecture: str, **changes: Any) -> TinyPair:
+    """A pair whose sides are sharded differently on purpose; `changes` to its config."""
     folder.mkdir(parents=True)
-    config = tiny_config(architecture)
+    config = tiny_config(architecture, **changes)
     base = write_checkpoint(folder / "base", config, seed=1, dtype=torch.bfloat16)
     write_checkpoint(folder / "donor", config, seed=1, dtype=torch.bfloat16)
     torch.manual_seed(2)

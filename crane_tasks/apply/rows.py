@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from crane_tasks.errors import RecipeError
-from crane_tasks.models.files.tokenizer import load_tokenizer, special_tokens
+from crane_tasks.models.files.tokenizer import added_ids, load_tokenizer
 from crane_tasks.recipe import TokenRows
 from crane_tasks.session import Context
 from crane_tasks.sizes import PLAIN
@@ -15,8 +15,8 @@ from crane_tasks.sizes import PLAIN
 def row_factors(rows: TokenRows, count: int, tokenizer: Any, where: str) -> Tensor:
     """The fraction of the delta that each of `count` rows moves by: float32 [count].
 
-    `scale` everywhere, 0 at special tokens if they are kept, and the rows named by token on
-    top of both.
+    `scale` everywhere, also beyond the tokenizer (the vocabulary's padding); 0 at added tokens,
+    special or not, if they are kept; and the rows named by token on top of both.
 
     Raises:
         RecipeError: `rows` names a token that is not in the vocabulary.
@@ -24,8 +24,7 @@ def row_factors(rows: TokenRows, count: int, tokenizer: Any, where: str) -> Tens
     factors = torch.full((count,), float(rows.scale))
     vocabulary = tokenizer.get_vocab()
     if rows.keep_special:
-        for token in special_tokens(tokenizer):
-            factors[vocabulary[token]] = 0.0
+        factors[sorted(i for i in added_ids(tokenizer) if i < count)] = 0.0
     unknown = [token for token in rows.rows if token not in vocabulary]
     if unknown:
         raise RecipeError(

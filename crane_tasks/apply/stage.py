@@ -201,7 +201,7 @@ def _needs(ctx: Context, keys: Keys) -> Needs:
 
 APPLY = Stage(
     name="apply",
-    version=2,
+    version=3,
     schema=Schema(arrays={"tensors": ("float64",)}, meta=("file", "size", "digest")),
     inputs={
         "base": BASE,

@@ -52,12 +52,10 @@ def _by_checkpoint(work: Decoding, batches: Sequence[Sequence[int]]) -> Decoded:
         if model is None:
             folder = ctx.donor if section.targets == "donor" else ctx.base
             model = load_resident(folder, ctx.torch_device, ctx.compute_dtype)
-        # No target can be longer than what max_length leaves of it.
-        longest = max(section.max_length - len(work.prompts[i]) for i in batch)
         targets = decode_greedily(
             model,
             [work.prompts[i] for i in batch],
-            max_new_tokens=min(section.max_new_tokens, longest),
+            max_new_tokens=section.max_new_tokens,
             pad=work.tokenizer.pad_token_id,
             eos=work.tokenizer.eos_token_id,
         )
@@ -70,8 +68,8 @@ def _by_server(work: Decoding, server: Endpoint, batches: Sequence[Sequence[int]
     if not order:
         return
     prompts = [work.prompts[i] for i in order]
-    limits = [min(section.max_new_tokens, section.max_length - len(p)) for p in prompts]
-    ends = _end_tokens(work)
+    limits = [section.max_new_tokens] * len(prompts)
+    ends = end_tokens(work)
     with asked(server, prompts, limits) as futures:
         coming = iter(futures)
         for batch in batches:
@@ -107,7 +105,7 @@ def _target_of(work: Decoding, server: Endpoint, answer: Answer, ends: set[int])
     return ids
 
 
-def _end_tokens(work: Decoding) -> set[int]:
+def end_tokens(work: Decoding) -> set[int]:
     """What ends an answer: EOS, and what the generation configs of base and donor name."""
     ends = {work.tokenizer.eos_token_id}
     for file in (work.ctx.base / GENERATION, work.ctx.donor / GENERATION):

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from artifacts.store import Draft
-from crane_tasks.calibration.rendering import render
 from crane_tasks.calibration.sets import offsets_of
 from crane_tasks.errors import DataError
 from crane_tasks.models.files.tokenizer import load_tokenizer
 from crane_tasks.recipe import FormatSet
+from crane_tasks.rendering import render
 from crane_tasks.rows import RowSet
 from crane_tasks.session import Context
 

@@ -32,12 +32,21 @@ def offsets_of(sequences: Sequence[Sequence[int]]) -> Tensor:
 
 @dataclass(frozen=True)
 class TokenSet:
-    """A set read back from the store."""
+    """A set read back from the store.
+
+    Attributes:
+        sequences: token ids [T] of each row.
+        target_lengths: how many of them are the target, at its end; empty in a format set.
+        masks: which tokens hold the format, bool [T]; empty in a target set.
+        places: where each row came from.
+        unended: the places whose target ended for lack of room; None where it was not noted.
+    """
 
     sequences: list[Tensor]
     target_lengths: list[int]
     masks: list[Tensor]
     places: list[str]
+    unended: list[str] | None = None
 
     def items(self) -> list[Item]:
         """The items of a target set, weighted so that their sum is the mean over items."""
@@ -72,5 +81,6 @@ def read_set(artifact: Artifact) -> TokenSet:
     if artifact.has("set", "format_mask"):
         mask = artifact.read("set", "format_mask")
         masks = [mask[a:b] for a, b in spans]
-    places = artifact.unit_meta("set")["places"]
-    return TokenSet([ids[a:b] for a, b in spans], lengths, masks, places)
+    meta = artifact.unit_meta("set")
+    sequences = [ids[a:b] for a, b in spans]
+    return TokenSet(sequences, lengths, masks, meta["places"], meta.get("unended"))

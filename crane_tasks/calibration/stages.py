@@ -42,7 +42,7 @@ class _Set:
     def config(self, ctx: Context) -> Mapping[str, Any]:
         """What decides the targets; who decodes, only if something is decoded."""
         section = self.section(ctx.recipe)
-        config: dict[str, Any] = {"kind": "targets", "max_length": section.max_length}
+        config: dict[str, Any] = {"kind": "targets"}
         if not waiting(self.rows(ctx)):
             return config
         config["max_new_tokens"] = section.max_new_tokens
@@ -132,14 +132,14 @@ def _heldout(name: str) -> Callable[[Recipe], TargetSet]:
             data=getattr(settings, name),
             targets=targets,
             max_new_tokens=settings.max_new_tokens,
-            max_length=settings.max_length,
+            max_prompt_length=settings.max_prompt_length,
         )
 
     return section
 
 
 def _fields(owner: str, targets: str) -> tuple[str, ...]:
-    return (targets, f"{owner}.max_new_tokens", f"{owner}.max_length", "gate.compute")
+    return (targets, f"{owner}.max_new_tokens", "gate.compute")
 
 
 REASONING, AGENT = (

@@ -8,12 +8,13 @@ import torch
 
 from artifacts.ref import Ref
 from artifacts.store import Draft
-from crane_tasks.calibration.decoding import Decoding, decoded_batches
-from crane_tasks.calibration.rendering import render
+from crane_tasks.calibration.decoding import Decoding, decoded_batches, end_tokens
 from crane_tasks.calibration.sets import NAME, offsets_of
 from crane_tasks.errors import DataError
 from crane_tasks.models.files.tokenizer import load_tokenizer
+from crane_tasks.models.files.wording import listed
 from crane_tasks.recipe import Endpoint, TargetSet
+from crane_tasks.rendering import completion_ids, prompt_ids
 from crane_tasks.rows import RowSet
 from crane_tasks.session import Context
 
@@ -31,16 +32,16 @@ def check_targets(tokenizer: Any, section: TargetSet, rows: RowSet) -> list[list
     """The prompts' token ids.
 
     Raises:
-        DataError: a prompt leaves no room for a target, or a completion is empty. A long
+        DataError: a prompt is longer than `max_prompt_length`, or a completion is empty. A long
             prompt is refused: cut on the right it would lose its assistant header.
     """
     prompts = []
     for row in rows.rows:
-        ids = tokenizer(render(tokenizer, row, prompt=True), add_special_tokens=False)["input_ids"]
-        if len(ids) >= section.max_length:
+        ids = prompt_ids(tokenizer, row)
+        if len(ids) > section.max_prompt_length:
             raise DataError(
-                f"{row.place}: the prompt has {len(ids)} tokens, max_length is "
-                f"{section.max_length}. Raise max_length or shorten the prompt."
+                f"{row.place}: the prompt has {len(ids)} tokens, max_prompt_length is "
+                f"{section.max_prompt_length}. Raise max_prompt_length or shorten the prompt."
             )
         if row.completion is not None and not row.completion.strip():
             raise DataError(f"{row.place}: `completion` is empty")
@@ -57,30 +58,33 @@ def check_targets(tokenizer: Any, section: TargetSet, rows: RowSet) -> list[list
 def write_targets(ctx: Context, section: TargetSet, rows: RowSet, draft: Draft) -> None:
     """Unit of work: one batch of rows to decode, then the whole set.
 
-    The metadata of a set that a server decoded says by which `model`, and whether the targets
-    are `token_exact`: what the model emitted, not its text cut into tokens anew.
+    No target is cut. The set's metadata names the places whose target is `unended`: decoding
+    stopped at `max_new_tokens`. That of a set that a server decoded says by which `model`, and
+    whether the targets are `token_exact`: what the model emitted, not its text cut into tokens
+    anew.
     """
     tokenizer = load_tokenizer(ctx.base)
     prompts = check_targets(tokenizer, section, rows)
     targets: list[list[int]] = [[] for _ in prompts]
     for index, row in enumerate(rows.rows):
         if row.completion is not None:
-            ids = tokenizer(row.completion, add_special_tokens=False)["input_ids"]
-            targets[index] = [*ids, tokenizer.eos_token_id]
-    for index, ids in _decoded(Decoding(ctx, section, tokenizer, rows, prompts), draft):
+            targets[index] = completion_ids(tokenizer, row.completion)
+    work = Decoding(ctx, section, tokenizer, rows, prompts)
+    for index, ids in _decoded(work, draft):
         targets[index] = ids
     empty = [row.place for row, ids in zip(rows.rows, targets, strict=True) if not ids]
     if empty:
         raise DataError(f"{', '.join(empty)}: the {section.targets} gave an empty target")
     if isinstance(section.targets, Endpoint) and waiting(rows):
         _note_server(ctx, section, section.targets, draft)
-    sequences = [(p + t)[: section.max_length] for p, t in zip(prompts, targets, strict=True)]
+    unended = _unended(work, targets)
+    sequences = [p + t for p, t in zip(prompts, targets, strict=True)]
     with draft.unit("set") as unit:
         unit.write("token_ids", torch.tensor([i for s in sequences for i in s]))
         unit.write("offsets", offsets_of(sequences))
-        lengths = [len(s) - len(p) for s, p in zip(sequences, prompts, strict=True)]
-        unit.write("target_lengths", torch.tensor(lengths))
+        unit.write("target_lengths", torch.tensor([len(target) for target in targets]))
         unit.meta["places"] = [row.place for row in rows.rows]
+        unit.meta["unended"] = unended
 
 
 def _decoded(work: Decoding, draft: Draft) -> Iterator[tuple[int, list[int]]]:
@@ -100,6 +104,18 @@ def _decoded(work: Decoding, draft: Draft) -> Iterator[tuple[int, list[int]]]:
                     unit.meta |= {"places": [rows[i].place for i in batch], **record}
             yield from zip(batch, draft.units[name]["meta"]["targets"], strict=True)
             work.ctx.progress(NAME, number + 1, len(batches), "batches decoded")
+
+
+def _unended(work: Decoding, targets: list[list[int]]) -> list[str]:
+    """The places whose target was decoded and ended for lack of room; the user hears of them."""
+    decoded, ends = waiting(work.rows), end_tokens(work)
+    places = [work.rows.rows[i].place for i in decoded if targets[i][-1] not in ends]
+    if places:
+        work.ctx.notice(
+            f"{work.section.data}: {len(places)} of {len(decoded)} decoded targets came to no end "
+            f"within max_new_tokens ({work.section.max_new_tokens}): {listed(places)}"
+        )
+    return places
 
 
 def _note_server(ctx: Context, section: TargetSet, server: Endpoint, draft: Draft) -> None:

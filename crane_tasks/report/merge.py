@@ -7,7 +7,9 @@ from typing import Any
 import yaml
 
 from artifacts.store import Artifact
+from crane_tasks.calibration.sets import TokenSet
 from crane_tasks.edit import edit_of
+from crane_tasks.models.files.tokenizer import load_tokenizer
 from crane_tasks.numerics.edit import EditSums
 from crane_tasks.report.page import page, table
 from crane_tasks.report.pictures import draw_all
@@ -18,6 +20,7 @@ from crane_tasks.report.tables import (
     gain_table,
     prediction_table,
 )
+from crane_tasks.report.targets import target_table, unended_note
 from crane_tasks.scores.reading import Scores
 from crane_tasks.session import Context
 
@@ -29,7 +32,9 @@ class MergeReport:
     Attributes:
         scores, gains, projector, threshold: None where the edit has no such part.
         carried: tensors that are copied from the base.
-        retokenised: sets whose targets a server gave as text alone.
+        targets: the target sets, by what people call them.
+        retokenised: those of them, by the names of the measurements, whose targets a server gave
+            as text alone.
     """
 
     ctx: Context
@@ -42,6 +47,7 @@ class MergeReport:
     gains: Artifact | None
     projector: Artifact | None
     carried: list[str]
+    targets: dict[str, TokenSet]
     retokenised: list[str]
 
 
@@ -61,7 +67,7 @@ def markdown(report: MergeReport, pictures: dict[str, str]) -> str:
         "## What the models do",
         table(head, rows) if rows else "",
         _evaluation_note(report.evaluation),
-        _retokenised_note(report.retokenised),
+        *_target_parts(report),
         *_gate_parts(report),
         *(f"![{title}]({file})" for title, file in pictures.items()),
         "## The delta",
@@ -77,6 +83,17 @@ def markdown(report: MergeReport, pictures: dict[str, str]) -> str:
         f"```yaml\n{yaml.safe_dump(shown_recipe, sort_keys=False)}```",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _target_parts(report: MergeReport) -> list[str]:
+    if not report.targets:
+        return []
+    return [
+        "## Targets",
+        table(*target_table(report.targets, load_tokenizer(report.ctx.base))),
+        unended_note(report.targets),
+        _retokenised_note(report.retokenised),
+    ]
 
 
 def _gate_parts(report: MergeReport) -> list[str]:

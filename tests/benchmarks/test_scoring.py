@@ -119,6 +119,37 @@ def test_one_pass_costs_a_fraction_of_the_chunked_scheme_and_grows_with_the_laye
     assert ratios[6] < ratios[12] < ratios[24]
 
 
+@pytest.mark.slow
+def test_a_long_target_takes_memory_in_proportion_and_less_than_the_chunked_scheme(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [["target", "chunked MB", "walk MB", "chunked CPU s", "walk CPU s", "scores"]]
+    memory: dict[int, int] = {}
+    config = {**cpu_case(4).config, "max_position_embeddings": 8192}
+    for target in (1500, 3000, 6000):
+        case = Case(config, reasoning=((64, target),), agent=((128, 128),) * 2)
+        write_case(case, tmp_path / str(target), torch.bfloat16)
+        chunked = cost(case, tmp_path / str(target), "cpu", "chunks")
+        walk = cost(case, tmp_path / str(target), "cpu", "walk")
+        memory[target] = walk["memory"]
+        off = worst_difference(walk["gains"], chunked["gains"])
+        rows.append(
+            [
+                f"{target:,}",
+                f"{chunked['memory'] / 1e6:.0f}",
+                f"{walk['memory'] / 1e6:.0f}",
+                f"{chunked['seconds']:.1f}",
+                f"{walk['seconds']:.1f}",
+                f"within {off:.1%}",
+            ]
+        )
+        assert off < 0.01
+        assert walk["memory"] < chunked["memory"]
+    show(capsys, "One long target on one core, 4 layers, float32", rows)
+    # A matrix of scores per head would grow fourfold at each step.
+    assert memory[6000] - memory[3000] < 3 * (memory[3000] - memory[1500])
+
+
 # On a GPU
 
 

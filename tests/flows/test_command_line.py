@@ -365,13 +365,18 @@ def empty_data(case: Case) -> None:
     (case.pair.folder / "agent.jsonl").write_text("")
 
 
-@bad(r"heldout_agent\.jsonl line 1: the prompt has \d+ tokens, max_length is 20")
+@bad(r"heldout_agent\.jsonl line 1: the prompt has \d+ tokens, max_prompt_length is 20")
 def long_prompt(case: Case) -> None:
-    case.set("evaluate.max_length=20")
+    case.set("evaluate.max_prompt_length=20")
     (case.pair.folder / "heldout_reasoning.jsonl").write_text(
         '{"messages": [{"role": "user", "content": "a"}], "completion": "b"}\n'
     )
     case.set("evaluate.reasoning=null")
+
+
+@bad(r"calibration\.agent: .*max_length is now max_prompt_length.*never cut")
+def old_length(case: Case) -> None:
+    case.set("calibration.agent.max_length=2048")
 
 
 @bad(r"evalute: unknown key")

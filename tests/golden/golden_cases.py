@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from crane_tasks.apply.editor import SLERP_SHARE
 from crane_tasks.apply.forecast import group_row
+from crane_tasks.apply.rows import row_factors
 from crane_tasks.calibration.format import format_mask
 from crane_tasks.calibration.sets import TokenSet
 from crane_tasks.delta import decode, encode
@@ -30,6 +31,7 @@ from crane_tasks.numerics.rounding import round_stochastic
 from crane_tasks.numerics.scores import GainSums, normalised, pooled
 from crane_tasks.numerics.slerp import slerp
 from crane_tasks.numerics.threshold import keep_above, median_magnitude
+from crane_tasks.recipe import LmHead, TokenRows
 from crane_tasks.scores.gradients import KEPT
 
 Numbers = dict[str, Any]
@@ -128,7 +130,7 @@ def projector_case() -> Numbers:
 
 
 def apply_case() -> Numbers:
-    """Protection, projection, the router's slerp, rounding, and what survives it."""
+    """Protection, projection, the router's slerp, rows, rounding, and what survives it."""
     rows = format_rows()
     basis = basis_from_gram(gram(rows), rows.shape[0], rank=4, cutoff=1e-5)
     base, donor = wave(3, 6, seed=3.0), wave(3, 6, seed=3.1)
@@ -143,11 +145,33 @@ def apply_case() -> Numbers:
         "projected": protected.tolist(),
         "slerp": slerp(base, donor, 0.5 * apply_share()).tolist(),
         "slerp of the nearly parallel": slerp(base, base + 0.01 * donor, 0.5).tolist(),
+        "rows": rows_case(),
         "seed": seed_of(0, "model.norm.weight"),
         "stochastic": bits(round_stochastic(base, seed=seed_of(7, "a.weight"), offset=1000)),
         "nearest": bits(stored),
         "edit": asdict(edit_sums(start, protected, stored, update)),
     }
+
+
+def rows_case() -> Numbers:
+    """By what the rows of nine added tokens move, of one plain token, and of one beyond."""
+    tokenizer, named = tiny_tokenizer(), {"<think>": 0.8}
+    sections = {
+        "kept": LmHead(rows=named),
+        "moved": TokenRows(scale=0.03, rows=named, keep_special=False),
+    }
+    chosen = [*range(10), len(tokenizer)]
+    return {
+        name: row_factors(rows, len(tokenizer) + 1, tokenizer, name)[chosen].tolist()
+        for name, rows in sections.items()
+    }
+
+
+def tiny_tokenizer() -> Any:
+    """The tests' tokenizer: three special tokens, six other added ones, then bytes."""
+    with TemporaryDirectory() as folder:
+        write_tokenizer(Path(folder))
+        return load_tokenizer(Path(folder))
 
 
 def apply_share() -> float:
@@ -182,9 +206,7 @@ def forecast_case() -> Numbers:
 
 def measure_case() -> Numbers:
     """Which positions of a target predict a format token."""
-    with TemporaryDirectory() as folder:
-        write_tokenizer(Path(folder))
-        tokenizer = load_tokenizer(Path(folder))
+    tokenizer = tiny_tokenizer()
     text = "<|im_start|>user\nadd<|im_end|>\n<tool_call>{}</tool_call> more<|im_end|>"
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     patterns = ["<tool_call>", "</tool_call>", "<|im_end|>"]

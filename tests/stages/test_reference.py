@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from artifacts.store import Store
-from crane_tasks.calibration.rendering import render
 from crane_tasks.models.files.checkpoint import Checkpoint
 from crane_tasks.models.files.layout import Slot
 from crane_tasks.models.files.tokenizer import load_tokenizer
@@ -23,6 +22,7 @@ from crane_tasks.models.walk.stream import LayerStream
 from crane_tasks.numerics.projector import project, protection
 from crane_tasks.numerics.threshold import keep_above, median_magnitude
 from crane_tasks.recipe_file import load_recipe
+from crane_tasks.rendering import render
 from crane_tasks.rows import load_rows
 from crane_tasks.session import Session
 from flows.merge import Merged, merge

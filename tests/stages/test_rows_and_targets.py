@@ -11,10 +11,11 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from conftest import TinyPair
+from conftest import REFERENCE, TinyPair
 from hypothesis import given
 from tiny_merge import asked
 
+import flows
 from crane_tasks.apply.rows import row_factors
 from crane_tasks.calibration.format import format_mask
 from crane_tasks.calibration.sets import TokenSet, read_set
@@ -25,11 +26,14 @@ from crane_tasks.evaluate.answers import final_answer, tool_calls
 from crane_tasks.method import keys_of
 from crane_tasks.models.files.tokenizer import load_tokenizer
 from crane_tasks.recipe import LmHead, TokenRows
+from crane_tasks.recipe_file import load_recipe
 from crane_tasks.rows import RowSet, load_rows
 from crane_tasks.session import Context, open_context
+from crane_tasks.sizes import sizes_of
 from crane_tasks.stage import Stage
 
 Pairs = Callable[[str], TinyPair]
+QWEN3 = REFERENCE.parent / "tokenizers" / "qwen3"
 USER = {"role": "user", "content": "hi"}
 
 
@@ -115,14 +119,28 @@ def tokenizer(pairs: Pairs) -> Any:
     return load_tokenizer(pairs("qwen3").base)
 
 
-def test_every_row_moves_by_the_scale_but_special_tokens_stay(tokenizer: Any) -> None:
+def test_every_row_moves_by_the_scale_but_added_tokens_stay(tokenizer: Any) -> None:
     factors = row_factors(LmHead(), 320, tokenizer, "merge.lm_head")
     assert factors.shape == (320,)
-    assert factors[:3].tolist() == [0, 0, 0]
-    assert torch.equal(factors[3:], torch.full((317,), 0.03))
+    assert factors[:9].tolist() == [0] * 9
+    assert torch.equal(factors[9:], torch.full((311,), 0.03))
 
 
-def test_special_tokens_move_too_if_they_are_not_kept(tokenizer: Any) -> None:
+@pytest.mark.skipif(not QWEN3.exists(), reason=f"Qwen3's tokenizer is not at hand ({QWEN3})")
+def test_of_the_real_qwen3_all_added_tokens_stay_but_those_that_are_named() -> None:
+    recipe = load_recipe(Path(flows.__file__).parent / "recipes" / "crane-30b.yaml")
+    tokenizer, padded = load_tokenizer(QWEN3), 151936
+    for section in (recipe.merge.embedding, recipe.merge.lm_head):
+        factors = row_factors(section, padded, tokenizer, "x")
+        named = tokenizer.convert_tokens_to_ids(["<think>", "</think>"])
+        assert factors[named].tolist() == pytest.approx([0.8, 0.8])
+        wanted = torch.full((padded,), section.scale)
+        wanted[151643:151669] = 0
+        wanted[named] = 0.8
+        assert named == [151667, 151668] and torch.equal(factors, wanted)
+
+
+def test_added_tokens_move_too_if_they_are_not_kept(tokenizer: Any) -> None:
     factors = row_factors(TokenRows(scale=0.5, keep_special=False), 320, tokenizer, "x")
     assert torch.equal(factors, torch.full((320,), 0.5))
 
@@ -130,9 +148,9 @@ def test_special_tokens_move_too_if_they_are_not_kept(tokenizer: Any) -> None:
 def test_a_named_row_wins_over_scale_and_over_keeping(tokenizer: Any) -> None:
     rows = TokenRows(scale=0.1, rows={"<think>": 0.8, "<|im_end|>": 0.2, "</think>": 0.0})
     factors = row_factors(rows, 320, tokenizer, "x")
-    names = ["<think>", "</think>", "<|im_end|>", "<|im_start|>", "<tool_call>"]
+    names = ["<think>", "</think>", "<|im_end|>", "<|im_start|>", "<tool_call>", "a"]
     found = factors[tokenizer.convert_tokens_to_ids(names)]
-    assert torch.equal(found, torch.tensor([0.8, 0.0, 0.2, 0.0, 0.1]))
+    assert torch.equal(found, torch.tensor([0.8, 0.0, 0.2, 0.0, 0.0, 0.1]))
 
 
 def test_unknown_row_tokens_are_all_named(tokenizer: Any) -> None:
@@ -186,7 +204,11 @@ GOOD = {"messages": [USER], "completion": "yes"}
         (lines(GOOD, GOOD) + '{"messages": [\n' + lines(GOOD), r"own\.jsonl line 3: not JSON"),
         (lines(GOOD) + "\n" + lines(GOOD), r"own\.jsonl line 2: not JSON"),
         (lines(GOOD, [1]), r"own\.jsonl line 2: not a JSON object"),
-        (lines(GOOD, {"prompt": "hi"}), r"own\.jsonl line 2: needs `messages`"),
+        (lines(GOOD, {"text": "hi"}), r"own\.jsonl line 2: needs `messages`.* or a `prompt`"),
+        (lines(GOOD, {"system": "hi"}), r"own\.jsonl line 2: needs `messages`.* or a `prompt`"),
+        (lines(GOOD, {"prompt": " "}), r"own\.jsonl line 2: `prompt` is text, and not empty"),
+        (lines({"prompt": 3}), r"own\.jsonl line 1: `prompt` is text"),
+        (lines({"prompt": "a", "system": [1]}), r"own\.jsonl line 1: `system` is text"),
         (lines(GOOD, {"messages": []}), r"own\.jsonl line 2: needs `messages`"),
         (lines(GOOD, {"messages": [{"content": "x"}]}), r"own\.jsonl line 2: .*role"),
         (lines({"messages": [{"role": "user", "content": 3}]}), r"own\.jsonl line 1: .*content"),
@@ -199,12 +221,63 @@ def test_a_broken_row_is_refused_by_its_line(text: str, message: str, desk: Desk
         desk.rows(text)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('["a", 3]', r"own\.json element 2: neither text nor a JSON object"),
+        ('["a", ["b"]]', r"own\.json element 2: neither text nor a JSON object"),
+        ('["a", ""]', r"own\.json element 2: `prompt` is text, and not empty"),
+        ('["a", {"prompt": "b", "system": 3}]', r"own\.json element 2: `system` is text"),
+        ('["a", {"text": "b"}]', r"own\.json element 2: needs `messages`.* or a `prompt`"),
+        ('["a", {"messages": [{"content": "b"}]}]', r"own\.json element 2: every message .*role"),
+        ('{"prompt": "a"}', r"own\.json: not a list.*\.jsonl"),
+        ('["a",\n "b"', r"own\.json: not JSON: .*line 2"),
+        ("", r"own\.json: not JSON"),
+        ("[]", r"own\.json: holds no rows"),
+    ],
+)
+def test_a_broken_element_is_refused_by_its_number(text: str, message: str, desk: Desk) -> None:
+    with pytest.raises(DataError, match=message):
+        desk.rows(text, "own.json")
+
+
+def test_a_prompt_is_the_row_whose_messages_are_its_turns(desk: Desk) -> None:
+    system = {"role": "system", "content": "be brief"}
+    other = {"role": "user", "content": "ho"}
+    messages = [{"messages": [USER]}, {"messages": [system, other]}, {"messages": [USER]}]
+    prompts = [
+        {"prompt": "hi"}, {"prompt": "ho", "system": "be brief"}, {"prompt": "hi", "system": None},
+    ]  # fmt: skip
+    wanted = desk.rows(lines(*messages)).digest
+    assert desk.rows(lines(*prompts), "prompts.jsonl").digest == wanted
+    assert desk.rows(lines(messages[0], *prompts[1:]), "mixed.jsonl").digest == wanted
+    found = desk.rows(json.dumps(["hi", *prompts[1:]]), "own.json")
+    assert found.digest == wanted
+    assert desk.rows(json.dumps(messages), "messages.json").digest == wanted
+    table = pyarrow.Table.from_pylist([{"system": None, **row} for row in prompts])
+    pyarrow.parquet.write_table(table, desk.pair.folder / "own.parquet")
+    assert load_rows(desk.pair.recipe(), "own.parquet").digest == wanted
+    assert [row.place for row in found.rows] == [f"own.json element {n}" for n in (1, 2, 3)]
+
+
+def test_prompts_as_text_have_the_tokens_of_their_turns(desk: Desk) -> None:
+    prompts = ["hi", {"prompt": "ho", "system": "be brief", "completion": "yes"}]
+    desk.rows(json.dumps(prompts), "own.json")
+    ctx = desk.context("calibration.reasoning.data=own.json",
+                       "calibration.reasoning.max_new_tokens=3")  # fmt: skip
+    found, tokenizer = made(ctx, REASONING), load_tokenizer(ctx.base)
+    texts = ["user\nhi", "system\nbe brief<|im_end|>\n<|im_start|>user\nho"]
+    whole = [f"<|im_start|>{t}<|im_end|>\n<|im_start|>assistant\n" for t in texts]
+    assert found.prompts() == [tokenizer(text)["input_ids"] for text in whole]
+    assert found.targets()[1] == tokenizer("yes<|im_end|>")["input_ids"]
+
+
 def test_an_absent_or_foreign_file_is_refused(desk: Desk) -> None:
     with pytest.raises(DataError, match=r"nowhere\.jsonl: no such data file"):
         load_rows(desk.pair.recipe(), "nowhere.jsonl")
     with pytest.raises(DataError, match=r"sub/nowhere\.jsonl: no such data file"):
         load_rows(desk.pair.recipe(), "sub/nowhere.jsonl")
-    with pytest.raises(DataError, match="JSONL or Parquet"):
+    with pytest.raises(DataError, match="JSONL, JSON or Parquet"):
         desk.rows("messages", "own.csv")
 
 
@@ -254,11 +327,31 @@ def test_rows_that_changed_after_their_key_was_made_are_refused(desk: Desk) -> N
     assert not ctx.store.has(keys[AGENT])
 
 
-def test_a_prompt_that_leaves_no_room_for_a_target_is_refused(desk: Desk) -> None:
-    rows = desk.rows(lines(GOOD, {"messages": [{"role": "user", "content": "long " * 30}]}))
-    section = desk.pair.recipe("calibration.agent.max_length=100").calibration.agent
-    with pytest.raises(DataError, match=r"line 2: the prompt has \d+ tokens, max_length is 100"):
-        check_targets(load_tokenizer(desk.pair.base), section, rows)
+def test_a_prompt_longer_than_the_limit_is_refused_and_one_that_reaches_it_is_not(
+    desk: Desk,
+) -> None:
+    long = {"messages": [{"role": "user", "content": "long " * 30}], "completion": "y" * 500}
+    rows, tokenizer = desk.rows(lines(GOOD, long)), load_tokenizer(desk.pair.base)
+    count = len(check_targets(tokenizer, desk.pair.recipe().calibration.agent, rows)[1])
+
+    def at_most(limit: int) -> None:
+        setting = f"calibration.agent.max_prompt_length={limit}"
+        check_targets(tokenizer, desk.pair.recipe(setting).calibration.agent, rows)
+
+    at_most(count)
+    message = f"line 2: the prompt has {count} tokens, max_prompt_length is {count - 1}"
+    with pytest.raises(DataError, match=message):
+        at_most(count - 1)
+
+
+@pytest.mark.parametrize("place", ["calibration.reasoning", "calibration.agent", "evaluate"])
+def test_the_old_bound_of_prompt_and_target_is_refused_with_what_it_is_now(
+    place: str, desk: Desk
+) -> None:
+    with pytest.raises(RecipeError, match=rf"{place}: .*max_length is now max_prompt_length") as e:
+        desk.pair.recipe(f"{place}.max_length=2048", f"{place}.typo=1")
+    assert "unknown" not in str(e.value)
+    desk.pair.recipe("calibration.format.max_length=2048")
 
 
 @pytest.mark.parametrize("completion", ["", " \n"])
@@ -288,14 +381,33 @@ def test_a_given_target_is_its_tokens_and_the_end(desk: Desk) -> None:
     assert found.places == ["reasoning.jsonl line 1", "reasoning.jsonl line 2"]
 
 
-def test_a_long_target_is_cut_and_its_prompt_never(desk: Desk) -> None:
+def test_a_given_target_is_never_cut(desk: Desk) -> None:
     desk.rows(lines({**GOOD, "completion": "y" * 500}), "agent.jsonl")
-    ctx = desk.context("calibration.agent.max_length=40")
+    ctx = desk.context(
+        "calibration.agent.max_prompt_length=40", "calibration.agent.max_new_tokens=5"
+    )
     found = made(ctx, AGENT)
     text = load_tokenizer(ctx.base).decode(found.sequences[0])
     prompt = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
-    assert found.sequences[0].numel() == 40
-    assert text == prompt + "y" * found.target_lengths[0]
+    assert text == prompt + "y" * 500 + "<|im_end|>"
+    assert found.target_lengths == [501]
+    assert found.unended == []
+
+
+def test_tokens_are_counted_where_they_are_known_and_reckoned_where_they_are_not(
+    desk: Desk,
+) -> None:
+    sets = {"reasoning": [GOOD, {**GOOD, "completion": "y" * 3000}], "agent": [GOOD]}
+    for name, rows in sets.items():
+        desk.rows(lines(*rows), f"{name}.jsonl")
+    ctx = desk.context()
+    known = sum(s.numel() for stage in (REASONING, AGENT) for s in made(ctx, stage).sequences)
+    assert sizes_of(ctx).tokens == known > 3000
+    desk.rows(lines(GOOD, *[{"messages": [USER]}] * 3), "agent.jsonl")
+    prompt = made(ctx, REASONING).sequences[0].numel() - len("yes") - 1
+    for limit, reckoned in ((7, 7), (2048, 2048), (8192, 2048)):
+        ctx = desk.context(f"calibration.agent.max_new_tokens={limit}")
+        assert sizes_of(ctx).tokens == known + 3 * (prompt + reckoned)
 
 
 @pytest.mark.parametrize("targets", ["donor", "base"])
@@ -311,6 +423,7 @@ def test_a_row_without_completion_is_continued_greedily(targets: str, desk: Desk
     folder = desk.pair.donor if targets == "donor" else desk.pair.base
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     assert found.target_lengths[1] == 4
+    unended = []
     for index in (0, 2, 3):
         length = found.target_lengths[index]
         ids = found.sequences[index].tolist()
@@ -322,6 +435,8 @@ def test_a_row_without_completion_is_continued_greedily(targets: str, desk: Desk
             greedy.append(int(logits[0, -1].argmax()))
         assert greedy[len(prompt) :] == target
         assert length == 5 or target[-1] == 2
+        unended += [found.places[index]] * (target[-1] != 2)
+    assert unended and found.unended == unended
 
 
 def test_who_decodes_is_an_input_only_if_something_is_decoded(desk: Desk) -> None:

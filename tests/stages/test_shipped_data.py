@@ -20,9 +20,9 @@ from make_format_rows import (
     made_rows,
 )
 
-from crane_tasks.calibration.rendering import render
 from crane_tasks.models.files.tokenizer import load_tokenizer
 from crane_tasks.recipe_file import load_recipe
+from crane_tasks.rendering import render
 from crane_tasks.rows import Row, load_rows
 
 DATA = FORMAT.parent

@@ -1,5 +1,6 @@
 """Targets decoded by a running server: those of local decoding, or the merge says otherwise."""
 
+import re
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,6 +28,7 @@ from crane_tasks.calibration.targets import DECODE_BATCH
 from crane_tasks.errors import EndpointError, RecipeError
 from crane_tasks.method import keys_of
 from crane_tasks.models.decoding.server import RETRIES, asked, check_server
+from crane_tasks.models.files.wording import listed
 from crane_tasks.recipe import Endpoint
 from crane_tasks.session import Context, Session, open_context
 from flows.evaluate import evaluate
@@ -126,15 +128,26 @@ def test_a_server_gives_the_targets_of_local_decoding(
     assert same(found, local)
     assert found.meta == {"model": NAME, "token_exact": ids != "none"}
     assert len(served.requests) == ROWS
-    assert len(room.notices) == (ids == "none")
-    assert all("reasoning.jsonl" in text and NAME in text for text in room.notices)
+    *of_the_server, of_the_targets = room.notices
+    assert len(of_the_server) == (ids == "none")
+    assert all("reasoning.jsonl" in text and NAME in text for text in of_the_server)
+    assert "reasoning.jsonl: " in of_the_targets and "came to no end" in of_the_targets
 
 
-def test_a_target_has_no_more_room_than_the_prompt_leaves(served: Served, room: Room) -> None:
-    room.targets(served.assignment(), "calibration.reasoning.max_length=90")
-    for request in served.requests:
-        left = 90 - len(request.body["prompt"])
-        assert request.body["max_tokens"] == min(TOKENS, left)
+def test_targets_that_came_to_no_end_are_named(room: Room) -> None:
+    found = read_set(room.targets())
+    cut = [p for p, ids in zip(found.places, found.sequences, strict=True) if ids[-1] != 2]
+    assert found.unended == cut
+    assert len(room.notices) == 1
+    assert f"{len(cut)} of {ROWS} decoded targets" in room.notices[0]
+    assert cut[0] in room.notices[0]
+    room.targets()  # reused: nothing was decoded
+    assert len(room.notices) == 1
+
+
+def test_a_target_has_all_its_room_whatever_its_prompt(served: Served, room: Room) -> None:
+    room.targets(served.assignment(), "calibration.reasoning.max_prompt_length=90")
+    assert {request.body["max_tokens"] for request in served.requests} == {TOKENS}
 
 
 def test_prompts_go_out_as_ids_and_decoding_is_greedy(served: Served, room: Room) -> None:
@@ -157,11 +170,10 @@ def test_the_key_knows_the_models_name_and_not_its_place(served: Served, room: R
     others = [
         key("{endpoint: 'http://here:1/v1', model: b}"),
         key("{endpoint: 'http://here:1/v1', model: a}", "calibration.reasoning.max_new_tokens=5"),
-        key("{endpoint: 'http://here:1/v1', model: a}", "calibration.reasoning.max_length=99"),
         key("donor"),
         key("base"),
     ]
-    assert len({here, *others}) == 6
+    assert len({here, *others}) == 5
 
 
 def test_a_busy_server_is_asked_again_when_it_says(served: Served) -> None:
@@ -316,13 +328,23 @@ def test_a_merge_with_held_out_rows_by_a_server_says_what_its_targets_are(
     notices: list[str] = []
     place = (pair, tmp_path / "store", tmp_path / "out")
     result = merged(*place, served.assignment(), *SHORTER, notice=notices.append)
-    assert [text.split(":")[0] for text in notices] == [
-        "reasoning.jsonl",
-        "heldout_reasoning.jsonl",
-    ]
+    sources = ("reasoning.jsonl", "heldout_reasoning.jsonl")
+    by_text = [text.split(":")[0] for text in notices if "cut into tokens anew" in text]
+    assert by_text == list(sources)
     assert result.report is not None
     report = result.report.with_name("report.md").read_text()
     assert "Targets of `calibration_reasoning`, `reasoning`" in report
+    found = read_set(result.ctx.store.open(result.keys[REASONING]))
+    assert found.unended
+    lengths = found.target_lengths
+    cells = [
+        ROWS, f"{sum(lengths) / ROWS:.1f}", max(lengths), "0.0%",
+        f"{1 - len(found.unended) / ROWS:.1%}",
+    ]  # fmt: skip
+    assert f"| reasoning | {' | '.join(map(str, cells))} |" in report
+    # The data's own targets end; the agent's do not think.
+    assert re.search(r"\| held-out agent \| \d+ \| [\d.]+ \| \d+ \| 0\.0% \| 100\.0% \|", report)
+    assert f"reasoning: {listed(found.unended)};" in report
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"model: {NAME}" in card and served.url not in card
     assert result.keys[HELDOUT_REASONING].config["model"] == NAME

@@ -149,7 +149,8 @@ class PlainMerge:
         found: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return found
 
-    def _gradients(self, kind: str) -> dict[str, Tensor]:
+    def gradients(self, kind: str) -> dict[str, Tensor]:
+        """Of the mean of a set's losses, rounded to bfloat16 as they are kept."""
         self.model.zero_grad()
         rows = self._rows(kind)
         for row in rows:
@@ -170,7 +171,7 @@ class PlainMerge:
         return self.donor[name].float() - self.base[name].float()
 
     def _scores(self) -> tuple[dict[int, dict[str, float]], float]:
-        reasoning, agent = self._gradients("reasoning"), self._gradients("agent")
+        reasoning, agent = self.gradients("reasoning"), self.gradients("agent")
         gains: dict[int, dict[str, float]] = {}
         squares: dict[int, dict[str, float]] = {}
         for name, base in self.base.items():
@@ -273,7 +274,7 @@ class PlainMerge:
             return torch.zeros_like(delta).double()
         if component in ("embedding", "lm_head"):
             scale = torch.full((delta.shape[0], 1), 0.0 if component == "embedding" else 0.03)
-            scale[:3] = 0.0  # the special tokens
+            scale[:9] = 0.0  # the added tokens, special or not
             for token in ("<think>", "</think>"):
                 scale[self.tokenizer.convert_tokens_to_ids(token)] = 0.8
             return scale.double() * delta.double()

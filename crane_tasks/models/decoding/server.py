@@ -220,7 +220,10 @@ def _refusal(server: Endpoint, error: "APIError") -> EndpointError:
     elif error.status_code == 404:
         advice = "Check `endpoint` (it normally ends in /v1) and `model`."
     elif error.status_code < 500 and error.status_code != 429:
-        advice = "The prompt goes out as token ids, prompt and answer may take `max_length` tokens."
+        advice = (
+            "The prompt goes out as token ids; the server needs room for `max_prompt_length` and "
+            "`max_new_tokens` together."
+        )
     return EndpointError(f"{who}: answered {error.status_code}: {_said(error)}. {advice}")
 
 

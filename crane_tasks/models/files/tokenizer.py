@@ -16,6 +16,14 @@ def special_tokens(tokenizer: Any) -> set[str]:
     return set(tokenizer.all_special_tokens) | {str(t) for t in added.values() if t.special}
 
 
+def added_ids(tokenizer: Any) -> set[int]:
+    """The ids of every token that was added to the vocabulary, special or not.
+
+    Qwen3's `<tool_call>` or `<think>` are added and not marked as special.
+    """
+    return {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
+
+
 def load_tokenizer(folder: Path) -> Any:
     """The checkpoint's fast tokenizer, loaded once per process while its files stay as they are.
 

@@ -1,4 +1,4 @@
-"""Conversations as text, by the base's chat template."""
+"""Conversations as text, by the base's chat template, and as tokens."""
 
 from typing import Any
 
@@ -25,3 +25,19 @@ def render(tokenizer: Any, row: Row, *, prompt: bool) -> str:
     except (TemplateError, ValueError, TypeError, KeyError) as error:
         raise DataError(f"{row.place}: the chat template refuses it: {error}") from error
     return text
+
+
+def prompt_ids(tokenizer: Any, row: Row) -> list[int]:
+    """The token ids of a row up to and with the assistant's header.
+
+    Raises:
+        DataError: as `render`.
+    """
+    text = render(tokenizer, row, prompt=True)
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids
+
+
+def completion_ids(tokenizer: Any, completion: str) -> list[int]:
+    """The token ids of a target that the data gives: all of its text, and EOS."""
+    return [*tokenizer(completion, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]

@@ -1,0 +1,47 @@
+"""What the targets are that the gate and the evaluation were made from."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from crane_tasks.calibration.sets import TokenSet, read_set
+from crane_tasks.calibration.stages import AGENT, HELDOUT_AGENT, HELDOUT_REASONING, REASONING
+from crane_tasks.models.files.wording import listed
+from crane_tasks.report.tables import NONE, Cells
+from crane_tasks.session import Context
+from crane_tasks.stage import Keys
+
+TITLES = {
+    REASONING: "reasoning",
+    AGENT: "agent",
+    HELDOUT_REASONING: "held-out reasoning",
+    HELDOUT_AGENT: "held-out agent",
+}
+THOUGHT = "</think>"  # ends the thinking of Qwen's, and others', answers
+
+
+def target_sets(ctx: Context, keys: Keys) -> dict[str, TokenSet]:
+    """The finished target sets of a run, by what people call them."""
+    refs = {title: keys[stage] for stage, title in TITLES.items() if stage in keys}
+    return {t: read_set(ctx.store.open(ref)) for t, ref in refs.items() if ctx.store.has(ref)}
+
+
+def target_table(sets: Mapping[str, TokenSet], tokenizer: Any) -> Cells:
+    """Rows, lengths in tokens, and the shares that end their thinking and that end at all."""
+    rows = []
+    for title, tokens in sets.items():
+        lengths, count = tokens.target_lengths, len(tokens.sequences)
+        texts = [tokenizer.decode(ids, skip_special_tokens=False) for ids in tokens.targets()]
+        ended = NONE if tokens.unended is None else f"{1 - len(tokens.unended) / count:.1%}"
+        thought = sum(THOUGHT in text for text in texts) / count
+        rows.append([title, str(count), f"{sum(lengths) / count:.1f}", str(max(lengths)),
+                     f"{thought:.1%}", ended])  # fmt: skip
+    return ["set", "rows", "mean tokens", "longest", f"with `{THOUGHT}`", "ended by itself"], rows
+
+
+def unended_note(sets: Mapping[str, TokenSet]) -> str:
+    """The places of the targets that came to no end, set by set."""
+    cut = {title: tokens.unended for title, tokens in sets.items() if tokens.unended}
+    if not cut:
+        return ""
+    parts = (f"{title}: {listed(places)}" for title, places in cut.items())
+    return f"Came to no end within `max_new_tokens`: {'; '.join(parts)}."
