@@ -64,6 +64,17 @@ def layer_sums(artifact: Artifact) -> dict[int | None, dict[str, GainSums]]:
 def read_scores(
     artifact: Artifact, layout: Layout, baseline: str, *, unify: bool = False
 ) -> Scores:
+    """S of an artifact of the scores, as `scores_from`."""
+    return scores_from(layer_sums(artifact), layout, baseline, unify=unify)
+
+
+def scores_from(
+    sums: Mapping[int | None, Mapping[str, GainSums]],
+    layout: Layout,
+    baseline: str,
+    *,
+    unify: bool = False,
+) -> Scores:
     """Aggregate and normalise (docs/method.md, "S").
 
     `baseline` "auto" is the layout's: in every layer the first of its candidates that the
@@ -72,7 +83,6 @@ def read_scores(
     Raises:
         ScoreError: a layer's baseline has no positive gain.
     """
-    sums = layer_sums(artifact)
     parts_of = {layer: set(parts) for layer, parts in sums.items()}
     if unify:
         sums = {layer: unified(parts) for layer, parts in sums.items()}

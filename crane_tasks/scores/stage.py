@@ -142,7 +142,7 @@ def walk_scores(
 
     def visit(layer: int | None, gradients: dict[str, Gradients]) -> None:
         if layer is None:
-            _refuse_bad_losses(walk.losses, {n: one.places for n, one in tokens.items()})
+            refuse_bad_losses(walk.losses, {n: one.places for n, one in tokens.items()})
         unit = unit_name(layer)
         scored = gated(slots[layer])
         of_set = {name: by_slot(base, layer, gradients[name]) for name in SETS}
@@ -183,7 +183,12 @@ def _losses(walk: GradientWalk) -> dict[str, Tensor]:
     return {name: torch.tensor(walk.losses[name], dtype=torch.float64) for name in SETS}
 
 
-def _refuse_bad_losses(losses: Mapping[str, list[float]], places: Mapping[str, list[str]]) -> None:
+def refuse_bad_losses(losses: Mapping[str, list[float]], places: Mapping[str, list[str]]) -> None:
+    """Per set the items' losses, and where the items come from.
+
+    Raises:
+        BadInput: a loss is not finite; names every such row.
+    """
     bad = [
         place
         for name in losses
