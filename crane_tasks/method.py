@@ -16,6 +16,7 @@ from crane_tasks.evaluate.measure import MEASURE
 from crane_tasks.evaluate.stage import EVALUATE
 from crane_tasks.projector import PROJECTOR
 from crane_tasks.recipe import Recipe
+from crane_tasks.scores.stability import STABILITY
 from crane_tasks.scores.stage import SCORES
 from crane_tasks.session import Context
 from crane_tasks.stage import Keys, Stage, closure
@@ -24,7 +25,7 @@ from crane_tasks.threshold import THRESHOLD
 STAGES = (CALIBRATION, DELTA, THRESHOLD, SCORES, PROJECTOR, APPLY, EVALUATE)
 NAMES = tuple(stage.name for stage in STAGES)
 # All that have artifacts: the sets, what is kept beside a stage, a model's measurements.
-ARTIFACTS = tuple(s for s in (*closure(STAGES), MEASURE) if s.schema is not None)
+ARTIFACTS = tuple(s for s in (*closure(STAGES), STABILITY, MEASURE) if s.schema is not None)
 
 Call = Callable[[Stage, Context, Keys], Built]
 

@@ -1,5 +1,6 @@
 """The tables that terminal, report and Prefect's page show: (head, rows of cells)."""
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -11,6 +12,7 @@ from crane_tasks.evaluate.metrics import METRICS
 from crane_tasks.models.files.checkpoint import Checkpoint
 from crane_tasks.numerics.edit import EditSums
 from crane_tasks.numerics.scores import GainSums, pooled
+from crane_tasks.scores.agreement import Agreement, Correlation
 from crane_tasks.scores.reading import Scores, layer_sums
 from crane_tasks.sizes import PLAIN
 
@@ -47,6 +49,23 @@ def score_table(scores: Scores) -> Cells:
         for layer, row in layers.items()
     ]
     return ["layer", *components], rows
+
+
+def agreement_table(found: Agreement) -> Cells:
+    """Rank correlation of S between halves: a row per component, per layer, and for all pairs."""
+
+    def row(place: str, told: Correlation, *more: float) -> list[str]:
+        numbers = (told.mean, told.low, *more)
+        cells = [NONE if math.isnan(x) else f"{x:.4f}" for x in numbers]
+        return [place, *cells, *[NONE] * (4 - len(cells))]
+
+    rows = [
+        row(c, told, found.scores.per_component[c], found.variation[c])
+        for c, told in found.per_component.items()
+    ]
+    rows += [row(f"layer {layer}", told) for layer, told in found.per_layer.items()]
+    rows.append(row("all", found.overall))
+    return ["over", "rank correlation", "5th percentile", "S", "variation of S"], rows
 
 
 def gain_table(scores: Scores, artifact: Artifact) -> Cells:

@@ -30,6 +30,7 @@ from crane_tasks.numerics.projector import basis_from_gram, gram, project, prote
 from crane_tasks.numerics.rounding import round_stochastic
 from crane_tasks.numerics.scores import GainSums, normalised, pooled
 from crane_tasks.numerics.slerp import slerp
+from crane_tasks.numerics.stability import dealt, halves, spearman, union_gains, union_weights
 from crane_tasks.numerics.threshold import keep_above, median_magnitude
 from crane_tasks.recipe import LmHead, TokenRows
 from crane_tasks.scores.gradients import KEPT
@@ -233,6 +234,23 @@ def evaluate_case() -> Numbers:
     return {metric.name: metric.compute(measured) for metric in METRICS}
 
 
+def stability_case() -> Numbers:
+    """The dealing, the gains of unions of groups, and the correlation of two rankings."""
+    groups = dealt(10, 4, 1, "reasoning")
+    masks = {name: halves(4, 3, 1, name) for name in ("reasoning", "agent")}
+    sizes = [len(group) for group in groups]
+    weights = [union_weights(mask, sizes) for mask in masks.values()]
+    grads = [[wave(40, seed=s + k, scale=1e-2) for k in range(4)] for s in (7.0, 7.5)]
+    gains = union_gains(wave(40, seed=6.9, scale=0.1), *grads, *weights)
+    return {
+        "groups": groups,
+        "halves": {name: mask.int().tolist() for name, mask in masks.items()},
+        "gains": gains.tolist(),
+        "spearman": spearman(wave(9, seed=8.0), wave(9, seed=8.3)),
+        "spearman with ties": spearman((3 * wave(9, seed=8.0)).round(), wave(9, seed=8.3)),
+    }
+
+
 def version_of(name: str) -> Any:
     """What the keys of a stage carry of its formulas' versions."""
     versions = {stage.version for stage in ARTIFACTS if stage.name == name}
@@ -250,6 +268,7 @@ CASES: dict[str, Callable[[], Numbers]] = {
     "projector": projector_case,
     "forecast": forecast_case,
     "apply": apply_case,
+    "stability": stability_case,
     "measure": measure_case,
     "evaluate": evaluate_case,
 }
