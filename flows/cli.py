@@ -44,6 +44,9 @@ WriteOption = Annotated[
 ReportOption = Annotated[
     Path | None, typer.Option("--output", help="Folder of the sweep's report.")
 ]
+GroupsOption = Annotated[int, typer.Option("--groups", help="Into which each set is dealt.")]
+DrawsOption = Annotated[int, typer.Option("--draws", help="Of half of the groups.")]
+SeedOption = Annotated[int, typer.Option("--seed", help="Of dealing and drawing.")]
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -168,6 +171,33 @@ def scores(
         else:
             view.scores(scored.scores)
             view.alpha_by_rule(scored.alpha_by_rule)
+
+    guarded(work, debug=debug)
+
+
+@app.command()
+def stability(
+    recipe: RecipeArgument,
+    groups: GroupsOption = 8,
+    draws: DrawsOption = 100,
+    seed: SeedOption = 0,
+    assignments: SetOption = [],  # noqa: B006
+    store: StoreOption = None,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Say how much S depends on which calibration items there were."""
+
+    def work(view: "Terminal") -> None:
+        from crane_tasks.scores.stability import Draws
+        from flows.stability import compute_stability
+
+        asked = Draws(groups, draws, seed)
+        found = compute_stability(_session(view, recipe, assignments, store), asked, view.timed)
+        if as_json:
+            print_json(found.as_json())
+        else:
+            view.agreement(found.agreement, asked)
 
     guarded(work, debug=debug)
 

@@ -13,7 +13,9 @@ from rich.table import Table
 if TYPE_CHECKING:
     from artifacts.store import Built
     from crane_tasks.report.tables import Cells
+    from crane_tasks.scores.agreement import Agreement
     from crane_tasks.scores.reading import Scores
+    from crane_tasks.scores.stability import Draws
     from crane_tasks.session import Context
     from crane_tasks.stage import Keys, Stage
     from flows.merge import Merged
@@ -102,6 +104,13 @@ class Terminal:
         from crane_tasks.report.tables import score_table
 
         self._table("S(component, layer)", score_table(scores))
+
+    def agreement(self, found: "Agreement", asked: "Draws") -> None:
+        """How alike S of complementary halves of the items is."""
+        from crane_tasks.report.tables import agreement_table
+
+        title = f"S of complementary halves: {asked.draws} draws of {asked.groups // 2} groups"
+        self._table(f"{title} of {asked.groups}", agreement_table(found))
 
     def alpha_by_rule(self, alpha: float) -> None:
         """What one of the method's scripts prints beside the scores."""
