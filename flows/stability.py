@@ -10,8 +10,9 @@ from crane_tasks.scores.agreement import Agreement, agreement, read_unions
 from crane_tasks.scores.stability import Draws, stability
 from crane_tasks.scores.stage import SCORES
 from crane_tasks.session import Session, open_context
+from crane_tasks.sizes import check_disk_space
 from crane_tasks.stage import Keys
-from flows.checks import check_stages
+from flows.checks import check_stages, disk_needs
 from flows.faults import healing, naming_full_disk
 from flows.merge import stage_json
 
@@ -37,6 +38,7 @@ def compute_stability(session: Session, asked: Draws, call: Call = in_this_proce
 
     Raises:
         RecipeError: the recipe's edit has no gate; a set has fewer rows than groups.
+        OutputError: the disk has no room for the walk's hidden states.
         BadInput, ScoreError: as `merge`.
     """
     session.store.prepare()
@@ -47,6 +49,7 @@ def compute_stability(session: Session, asked: Draws, call: Call = in_this_proce
     keys = keys | Keys({stage.role: stage.ref(ctx, keys)})
     check_stages(ctx, keys)
     stage.check(ctx, keys)
+    check_disk_space(disk_needs(ctx, keys, [stage]))
 
     def work() -> Steadiness:
         built = [*build_before(stage, ctx, keys, call), call(stage, ctx, keys)]

@@ -27,7 +27,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 # The code of the models, too: with it come a thousand modules, of accelerate and others.
 from transformers.models.qwen3 import modeling_qwen3
 from transformers.models.qwen3_moe import modeling_qwen3_moe
-import flows.cli, flows.merge, flows.plan, flows.sweep, flows.evaluate, artifacts.cleaning
+import flows.cli, flows.merge, flows.plan, flows.sweep, flows.evaluate, flows.stability
+import artifacts.cleaning
 
 def command():
     try:

@@ -118,6 +118,26 @@ def test_scores_are_those_of_the_merge(bench: Bench) -> None:
     assert {s["status"] for s in found["stages"]} == {"reused"}
 
 
+def test_stability_is_one_table_or_one_object(bench: Bench) -> None:
+    """The same numbers as `crane scores` for all items, and what halves of them make of those."""
+    found = bench.run("stability", "--groups", 2, "--draws", 3, "--seed", 5)
+    assert (found["groups"], found["draws"], found["seed"]) == (2, 3, 5)
+    assert [s["name"] for s in found["stages"]] == ["calibration", "delta", "stability"]
+    assert found["per_layer"].keys() == {"0", "1"}
+    assert found["per_component"].keys() == bench.result["scores"]["per_component"].keys()
+    assert found["per_component"]["ffn"] == {"mean": None, "low": None, "variation": 0.0}
+    assert -1 <= found["all"]["low"] <= found["all"]["mean"] <= 1
+    for component, score in found["scores"]["per_component"].items():
+        assert score == pytest.approx(bench.result["scores"]["per_component"][component], rel=3e-3)
+    ended = bench.crane("stability", "--groups", 2, "--draws", 3, "--seed", 5)
+    assert ended.code == 0 and ended.out.count("┏") == 1
+    assert "reused" in ended.err and "reused" not in ended.out
+    assert f"{found['all']['mean']:.4f}" in ended.out
+    for args, said in ((("--groups", 3), "--groups: 3"), (("--groups", 4), "agent.jsonl has 3")):
+        ended = bench.crane("stability", *args)
+        assert (ended.code, ended.out) == (2, "") and said in ended.err
+
+
 def test_any_checkpoint_can_be_evaluated(bench: Bench) -> None:
     ended = crane(bench.folder, "evaluate", bench.output, "--recipe", bench.pair.recipe_file,
                   "--store", bench.store, "--json")  # fmt: skip
