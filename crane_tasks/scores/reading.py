@@ -69,16 +69,12 @@ def read_scores(
 
 
 def scores_from(
-    sums: Mapping[int | None, Mapping[str, GainSums]],
-    layout: Layout,
-    baseline: str,
-    *,
-    unify: bool = False,
+    sums: Mapping[int | None, Mapping[str, GainSums]], layout: Layout, baseline: str, *, unify: bool
 ) -> Scores:
     """Aggregate and normalise (docs/method.md, "S").
 
-    `baseline` "auto" is the layout's: in every layer the first of its candidates that the
-    layer has, so that a dense layer of a sparse model is measured by its ffn.
+    Baseline "auto" is, layer by layer, the first of the layout's candidates that the layer has:
+    a dense layer of a sparse model is measured by its ffn.
 
     Raises:
         ScoreError: a layer's baseline has no positive gain.
@@ -107,8 +103,7 @@ def scores_from(
         ) from error
     if unify:
         per_layer = {i: _shared(row, parts_of[i]) for i, row in per_layer.items()}
-        everywhere = set().union(*parts_of.values())
-        per_component = _shared(per_component, everywhere)
+        per_component = _shared(per_component, set().union(*parts_of.values()))
     return Scores(per_layer, per_component, {k: chosen(v) for k, v in layers.items()})
 
 
