@@ -76,7 +76,9 @@ class Store:
                 write_atomically(marker, json.dumps({"format": FORMAT}) + "\n")
             written = json.loads(marker.read_text())
         except (OSError, ValueError) as error:
-            raise UnusableStore(f"{self.root}: cannot be used as a store: {error}") from error
+            raise UnusableStore(
+                f"{self.root}: cannot be used as a store: {marker.name}: {error}"
+            ) from error
         if written.get("format") != FORMAT:
             raise UnusableStore(f"{self.root}: store format {written.get('format')}, not {FORMAT}")
 

@@ -48,6 +48,7 @@ class Edit:
         formula: in ASCII, for the card.
         cite: whose it is: a line for the card.
         spherical: whole tensors go from base to donor on the sphere, by alpha.
+        version: of what it does besides its parts.
     """
 
     title: str
@@ -57,6 +58,12 @@ class Edit:
     gate: GatePart | None = None
     projection: ProjectionPart | None = None
     spherical: bool = False
+    version: int = 1
+
+    @property
+    def versions(self) -> list[int]:
+        """Of its formula: its own and its parts'."""
+        return [self.version, *(part.version for part in self.parts)]
 
     @property
     def parts(self) -> list[Part]:

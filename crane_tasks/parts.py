@@ -58,11 +58,13 @@ class Part:
         stages: whose artifacts it reads.
         fields: the recipe's fields that it reads besides the section `merge`; they enter the key.
         words: how the card tells it.
+        version: of its formula; changed, what it was applied in is computed again.
     """
 
     stages: tuple[Stage, ...] = ()
     fields: tuple[str, ...] = ()
     words: str = ""
+    version: int = 1
 
     def check(self, ctx: Context, keys: Keys) -> None:
         """Refuse what is known to be wrong before anything dear."""

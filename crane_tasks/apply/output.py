@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from artifacts.memo import DigestMemo
 from artifacts.store import sync_folder
 from crane_tasks.errors import OutputError
 from crane_tasks.models.files.checkpoint import Checkpoint
@@ -88,16 +89,23 @@ def provenance(folder: Path) -> dict[str, Any] | None:
     return record if isinstance(record, dict) and fields <= record.keys() else None
 
 
-def holds(folder: Path, key: str, plan: list[Shard]) -> bool:
-    """Whether the folder is the whole merge of this key, in these shards."""
+def holds(folder: Path, key: str, plan: list[Shard], memo: DigestMemo) -> bool:
+    """Whether the folder is the whole merge of this key, in these shards.
+
+    Weights that are not as they were when they were written or last read are read (`memo`).
+    """
     merge = provenance(folder)
     if merge is None or merge["apply"] != key:
         return False
     files: dict[str, Any] = merge["files"]
     sizes = {name: record["size"] for name, record in files.items()} | merge["side_files"]
-    return files.keys() == {s.file for s in plan} and all(
-        (folder / name).is_file() and (folder / name).stat().st_size == size
-        for name, size in sizes.items()
+    return (
+        files.keys() == {s.file for s in plan}
+        and all(
+            (folder / name).is_file() and (folder / name).stat().st_size == size
+            for name, size in sizes.items()
+        )
+        and all(memo.digest(folder / name) == record["digest"] for name, record in files.items())
     )
 
 
@@ -126,9 +134,8 @@ def check_output(folder: Path, inputs: Mapping[str, Path], *, key: str, force: b
         OutputError: it is, holds or lies in an input; or it exists and is another thing.
     """
     check_place(folder, inputs)
-    if not folder.exists():
-        return
-    if not any(folder.iterdir()):
+    if not folder.exists() or not any(folder.iterdir()):
+        check_writable(folder.parent)
         return
     merge = provenance(folder)
     if merge is None:
@@ -140,6 +147,23 @@ def check_output(folder: Path, inputs: Mapping[str, Path], *, key: str, force: b
             f"{folder}: exists and holds another merge. Choose another --output or give "
             "--force to replace it."
         )
+    if merge["apply"] != key:
+        check_writable(folder.parent)
+
+
+def check_writable(folder: Path) -> None:
+    """Refuse a folder in which nothing can be made, before hours of work for what goes there.
+
+    Raises:
+        OutputError: it, or the one in which it would have to be made, is a file or read-only.
+    """
+    place = folder
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        raise OutputError(f"{folder}: cannot be made, {place} is a file. Choose another --output.")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise OutputError(f"{place}: cannot be written to. Choose another --output.")
 
 
 @contextmanager

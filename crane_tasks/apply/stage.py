@@ -42,9 +42,11 @@ FIRST_FIELDS = ("router", "embedding", "lm_head", "rounding", "seed")
 
 def edit_config(ctx: Context) -> Mapping[str, Any]:
     """What an edit's parts read of the recipe, and its `merge` section."""
-    recipe = ctx.settled
-    config = {path.split(".")[-1]: field_of(recipe, path) for path in edit_of(recipe).fields}
-    # Keys are older than some fields: left at their defaults these are in no key.
+    recipe, edit = ctx.settled, edit_of(ctx.settled)
+    config = {path.split(".")[-1]: field_of(recipe, path) for path in edit.fields}
+    # Keys are older than versions of edits and than some fields: at their defaults, in no key.
+    if set(edit.versions) != {1}:
+        config["versions"] = edit.versions
     if not config.get("unify", True):
         del config["unify"]
     usual = Merge().model_dump(mode="json")
@@ -65,7 +67,7 @@ def check_destination(ctx: Context, keys: Keys) -> bool:
 
 def _complete(ctx: Context, keys: Keys) -> bool:
     """The record alone is not enough: the output may be elsewhere, moved or deleted."""
-    return holds(ctx.output, keys[APPLY].key, _plan(ctx))
+    return holds(ctx.output, keys[APPLY].key, _plan(ctx), DigestMemo(ctx.store.root))
 
 
 def _plan(ctx: Context) -> list[Shard]:
@@ -87,7 +89,7 @@ def write_apply(ctx: Context, keys: Keys, draft: Draft) -> None:
     units = shard_units(plan)
     folder = ctx.output.with_name(f".{ctx.output.name}.draft-{key}")
     # A kill may have come when the output was there and the store did not know it yet.
-    published = all(draft.done(name) for name in units) and holds(ctx.output, key, plan)
+    published = all(draft.done(name) for name in units) and _complete(ctx, keys)
     if not published:
         folder.mkdir(parents=True, exist_ok=True)
         draft.belongs(folder)

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from artifacts.store import write_atomically
-from crane_tasks.apply.output import check_place
+from crane_tasks.apply.output import check_place, check_writable
 from crane_tasks.errors import OutputError
 from crane_tasks.evaluate.choice import Choice, Metrics, Point, Requirement
 from crane_tasks.evaluate.metrics import BY_NAME, METRICS
@@ -57,6 +57,7 @@ def check_sweep_folder(folder: Path, inputs: Mapping[str, Path]) -> None:
             report's names that are no report.
     """
     check_place(folder, inputs)
+    check_writable(folder)
     if (folder / "config.json").exists():
         raise OutputError(f"{folder}: is a checkpoint. Choose another --output for the sweep.")
     there = [name for name in FILES if (folder / name).exists()]

@@ -13,7 +13,7 @@ again only where that can help.
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from prefect import get_run_logger, task
+from prefect import Task, get_run_logger
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.exceptions import Abort
@@ -65,11 +65,29 @@ OPTIONS: dict[str, Any] = {
 }
 
 
+class StageTask(Task[..., Any]):
+    """A task whose failure ends the flow that calls it.
+
+    Ours end as Failed by the state that they return (`attempt`). Prefect gives such a state back
+    as a value, and a flow that does not look at it would end as Completed.
+    """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        result = super().__call__(*args, **kwargs)
+        if isinstance(result, State) and not kwargs.get("return_state"):
+            result_of(result)  # raises what it failed with
+        return result
+
+
+def _as_task(name: str, run_name: Callable[[], str]) -> Callable[[Callable[..., Any]], Any]:
+    return lambda work: StageTask(work, name=name, task_run_name=run_name, **OPTIONS)
+
+
 def _inputs_name() -> str:
     return f"{task_run.parameters['session'].recipe.name}: inputs"
 
 
-@task(name="inputs", task_run_name=_inputs_name, **OPTIONS)
+@_as_task("inputs", _inputs_name)
 def inputs(session: Session) -> Any:
     """Fetch the checkpoints, read headers and data, and hash what is not yet known.
 
@@ -113,7 +131,7 @@ def stage_task(stage: Stage, name: str = "") -> Any:
         return attempt(said, work)
 
     run.__name__ = run.__qualname__ = name or stage.name  # Prefect tells tasks apart by it
-    return task(name=run.__name__, task_run_name=_run_name, **OPTIONS)(run)
+    return _as_task(run.__name__, _run_name)(run)
 
 
 def keys_for(stage: Stage, ctx: Context, given: Sequence[Any]) -> Keys:
@@ -126,7 +144,7 @@ def keys_for(stage: Stage, ctx: Context, given: Sequence[Any]) -> Keys:
     for one in given:
         keys = one[0] if isinstance(one, tuple) else one
         if unlike := [r for r, ref in keys.refs.items() if known.refs.get(r, ref).key != ref.key]:
-            raise CraneError(f"{stage.name}: was given two unlike keys of {', '.join(unlike)}")
+            raise CraneError(f"was given two unlike keys of {', '.join(unlike)}")
         known = known | keys
     own = Keys()
     owners = {part.role: s for s in STAGES for part in closure_of_parts(s)}
@@ -137,7 +155,7 @@ def keys_for(stage: Stage, ctx: Context, given: Sequence[Any]) -> Keys:
         elif owner.role == stage.role:
             ref = needed.ref(ctx, own)
         else:
-            raise CraneError(f"{stage.name}: give it what the task `{owner.name}` gave")
+            raise CraneError(f"give it what the task `{owner.name}` gave")
         own = own | Keys({needed.role: ref})
     return own
 

@@ -2,7 +2,6 @@
 
 import re
 from pathlib import Path
-from typing import Any
 from uuid import UUID
 
 import pytest
@@ -76,9 +75,27 @@ def test_a_task_without_its_inputs_says_what_it_wants(
     from flows.prefect.tasks import inputs, result_of, threshold
 
     @flow
-    def forgetful() -> Any:
+    def forgetful() -> None:
         ctx = inputs(open_session(str(moe_pair.recipe_file), store=tmp_path / "store"))
-        return result_of(threshold(ctx))
+        threshold(ctx)
 
-    with pytest.raises(CraneError, match="threshold: give it what the task `delta` gave"):
+    with pytest.raises(CraneError, match=r"^give it what the task `delta` gave$"):
+        forgetful()
+    with pytest.raises(CraneError):
         result_of(forgetful(return_state=True))
+
+
+def test_a_flow_whose_first_task_fails_fails_itself(
+    server: None, moe_pair: TinyPair, tmp_path: Path
+) -> None:
+    from prefect import flow
+
+    from flows.prefect.tasks import delta, inputs
+
+    @flow
+    def doomed() -> None:
+        delta(inputs(open_session(str(moe_pair.recipe_file), store=tmp_path / "store")))
+
+    (moe_pair.donor / "config.json").unlink()
+    state = doomed(return_state=True)
+    assert state.is_failed() and str(moe_pair.donor) in str(state.message)

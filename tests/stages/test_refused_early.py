@@ -1,6 +1,8 @@
 """What is wrong shows before the delta is read, and what the store kept is not trusted blindly."""
 
 import json
+import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +15,9 @@ from tiny_merge import merged, staged, statuses, weight_bytes
 
 from artifacts.store import Store
 from artifacts.tensors import chunk_files
-from crane_tasks.errors import BadInput, CheckpointError, RecipeError
+from crane_tasks.errors import BadInput, CheckpointError, OutputError, RecipeError
 from crane_tasks.method import NAMES
+from crane_tasks.report.sweep import check_sweep_folder
 from crane_tasks.session import Session
 from flows.merge import compute_scores
 
@@ -143,6 +146,36 @@ def test_an_output_that_lost_a_side_file_is_written_again(
     (folder / "out" / "config.json").unlink()
     assert statuses(staged(pair, folder / "store", folder / "out"))["apply"] == "computed"
     assert (folder / "out" / "config.json").read_bytes() == (pair.base / "config.json").read_bytes()
+
+
+def test_an_output_whose_weights_were_changed_is_written_again(
+    finished: tuple[TinyPair, Path],
+) -> None:
+    pair, folder = finished
+    before = weight_bytes(folder / "out")
+    file = next((folder / "out").glob("*.safetensors"))
+    with file.open("r+b") as stream:
+        stream.seek(-4, os.SEEK_END)
+        stream.write(b"XXXX")
+    assert weight_bytes(folder / "out") != before
+    assert statuses(staged(pair, folder / "store", folder / "out"))["apply"] == "computed"
+    assert weight_bytes(folder / "out") == before
+    file.touch()  # changed in name only: read, and found sound
+    assert statuses(staged(pair, folder / "store", folder / "out"))["apply"] == "reused"
+
+
+@pytest.mark.parametrize("way", ["merge", "sweep"])
+def test_a_place_where_no_output_can_be_is_refused_before_anything(
+    way: str, pairs: Callable[[str], TinyPair], tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    pair, output = pairs("qwen3_moe"), tmp_path / "file" / "deep" / "out"
+    with pytest.raises(OutputError, match=re.escape(f"{tmp_path / 'file'} is a file")):
+        if way == "merge":
+            staged(pair, tmp_path / "store", output)
+        else:
+            check_sweep_folder(output, {})
+    assert not list((tmp_path / "store").glob("*/*"))
 
 
 def test_names_and_manifests_that_were_changed_are_damage(
