@@ -1,0 +1,244 @@
+"""Points of a search: which there are, what is wrong with them, and each measured in memory."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from artifacts.ref import Ref, digest_of
+from artifacts.store import Built
+from crane_tasks.apply.stage import APPLY, check_destination
+from crane_tasks.errors import RecipeError, ScoreError
+from crane_tasks.evaluate.choice import Metrics, Point, Requirement
+from crane_tasks.evaluate.metrics import OBJECTIVE, measured_metrics
+from crane_tasks.evaluate.point import LOADED, POINT
+from crane_tasks.evaluate.stage import EVALUATE, read_comparison
+from crane_tasks.method import Call, build_before, keys_of, made_from, used
+from crane_tasks.recipe import Recipe
+from crane_tasks.recipe_file import changed
+from crane_tasks.report.sweep import check_sweep_folder
+from crane_tasks.session import Context, Session, open_context
+from crane_tasks.sizes import check_disk_space
+from crane_tasks.stage import Keys
+from flows.checks import check_stages, disk_needs
+from flows.faults import healing
+from flows.grid import Spot
+
+# What is one point's own fault: the others are measured all the same.
+FAULTS = (RecipeError, ScoreError)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A spot of the grid with its context and keys."""
+
+    spot: Spot
+    ctx: Context
+    keys: Keys
+
+    @property
+    def evaluated(self) -> bool:
+        return self.ctx.store.has(self.keys[EVALUATE])
+
+    @property
+    def made_from(self) -> list[Ref]:
+        """The artifacts that the edit is made of."""
+        return [self.keys[s] for s in made_from(APPLY, self.spot.recipe)]
+
+    @property
+    def inputs(self) -> str:
+        """Digests what points share that differ in alpha, tau or the `merge` section alone."""
+        baseline = self.ctx.recipe.gate.baseline
+        return digest_of([baseline, *sorted(ref.key for ref in self.made_from)])
+
+
+def check_metrics(
+    recipe: Recipe, where: str, requirements: Sequence[Requirement], *, best: bool
+) -> None:
+    """Every metric that decides is measured at every point.
+
+    Raises:
+        RecipeError: it is not, with what would have it measured.
+    """
+    metrics = {metric.name for metric in measured_metrics(recipe)}
+    if not metrics:
+        raise RecipeError(
+            f"{recipe.name}: no held-out rows, so points cannot be compared; name "
+            "evaluate.reasoning and evaluate.agent in the recipe"
+        )
+    wanted = {r.metric: f"--require '{r}'" for r in requirements}
+    wanted |= {OBJECTIVE.name: "--write best"} if best and OBJECTIVE.name not in wanted else {}
+    for metric, what in wanted.items():
+        if metric not in metrics:
+            raise RecipeError(
+                f"{what}: {metric} is not measured at {where}. It takes held-out rows "
+                "(evaluate.reasoning, evaluate.agent), and for rates of answers evaluate.generate "
+                "above 0."
+            )
+
+
+def open_points(grid: Iterable[Spot], session: Session, contexts: list[Context]) -> list[Candidate]:
+    """The context and keys of every spot; what is alike is found out once.
+
+    Raises:
+        BadInput: as `open_context`; two points are the same.
+    """
+    candidates: dict[str, Candidate] = {}
+    for spot in grid:
+        alike = (ctx.with_recipe(spot.recipe) for ctx in contexts)
+        ctx = next((ctx for ctx in alike if ctx is not None), None)
+        if ctx is None:
+            ctx = open_context(replace(session, recipe=spot.recipe))
+            contexts.append(ctx)
+        candidate = Candidate(spot, ctx, keys_of(ctx))
+        key = candidate.keys[EVALUATE].key
+        if key in candidates:
+            raise RecipeError(
+                f"the grid has the same point twice: {candidates[key].spot.name} and {spot.name} "
+                "differ in nothing that is measured"
+            )
+        candidates[key] = candidate
+    return list(candidates.values())
+
+
+class _Once:
+    """Tells what comes for the first time."""
+
+    def __init__(self) -> None:
+        self._seen: set[str] = set()
+
+    def __call__(self, *values: Any) -> bool:
+        digest = digest_of(values)
+        new = digest not in self._seen
+        self._seen.add(digest)
+        return new
+
+
+def check_points(candidates: Sequence[Candidate], folder: Path, *, best: bool) -> None:
+    """All that is known to be wrong before weights are read, once for what is alike."""
+    check_sweep_folder(folder, candidates[0].ctx.inputs)
+    first = _Once()
+    needs: list[tuple[Path, int, str]] = []
+    there = [check_destination(c.ctx, c.keys) for c in candidates if best]
+    for one in candidates:
+        if one.evaluated:
+            continue
+        recipe = one.spot.recipe
+        alike = [recipe.gate.baseline, recipe.merge.model_dump(mode="json")]
+        fresh = [
+            stage
+            for stage in used(recipe)
+            if stage not in (APPLY, EVALUATE) and first(stage.role, alike[0], one.keys[stage].key)
+        ]
+        if first("edit", alike):
+            fresh.append(APPLY)
+        check_stages(one.ctx, one.keys, fresh)
+        if first("disk", one.inputs):
+            before = {s.role for s in made_from(APPLY, recipe)}
+            wanted = [s for s in used(recipe) if s.role in before]
+            needs += disk_needs(one.ctx, one.keys, wanted)
+    if best and not any(there):
+        one = candidates[0]
+        needs += disk_needs(one.ctx, one.keys, [APPLY])
+    check_disk_space(needs)
+
+
+def build_inputs(candidates: Sequence[Candidate], call: Call) -> dict[str, ScoreError]:
+    """The stages before the edit, once for all missing points that share them.
+
+    Returns the faults by `Candidate.inputs`: a baseline without gain spoils its own points alone.
+    """
+    first, faults = _Once(), {}
+    for one in candidates:
+        if one.evaluated or not first(one.inputs):
+            continue
+        try:
+            healing(one.ctx.session, partial(build_before, APPLY, one.ctx, one.keys, call))
+        except ScoreError as error:
+            faults[one.inputs] = error
+    return faults
+
+
+def measured(
+    models: dict[str, Metrics], one: Candidate, call: Call, made: Built | None = None
+) -> Point:
+    """One point, measured or found; its base and donor are noted in `models`.
+
+    `made` is what became of it elsewhere. Its own fault makes it a failed point.
+    """
+    ctx, keys = one.ctx, one.keys
+
+    def measure() -> tuple[Built, dict[str, Any]]:
+        if not (one.evaluated or all(map(ctx.store.has, one.made_from))):
+            ctx.session.kept.let_go(LOADED)  # what was damaged is made anew: it may take a model
+            build_before(APPLY, ctx, keys, call)
+        point = replace(POINT, title=f"point {one.spot.name}")
+        built = call(point, ctx, keys) if made is None else made
+        return built, read_comparison(ctx.store.open(keys[EVALUATE]))
+
+    try:
+        built, compared = healing(ctx.session, measure)
+    except FAULTS as error:
+        return failed(one, error)
+    found = compared["models"]
+    for name in ("base", "donor"):
+        models.setdefault(name, found[name])
+    return Point(
+        one.spot.alpha,
+        one.spot.tau,
+        built.status,
+        built.seconds,
+        built.ref.key,
+        one.spot.changes,
+        found["merged"],
+    )
+
+
+def failed(one: Candidate, error: Exception) -> Point:
+    spot, key = one.spot, one.keys[EVALUATE].key
+    return Point(spot.alpha, spot.tau, "failed", 0.0, key, spot.changes, error=str(error))
+
+
+@dataclass
+class Bench:
+    """Measures one point after the other; what they have in common is found out once.
+
+    Attributes:
+        folder: below which the points' outputs would lie.
+        models: metrics of base and donor, once a point was measured.
+    """
+
+    session: Session
+    folder: Path
+    call: Call
+    contexts: list[Context] = field(default_factory=list)
+    models: dict[str, Metrics] = field(default_factory=dict)
+
+    def measure(self, spot: Spot) -> Point:
+        """The point, measured or found; what is its own fault makes it a failed one."""
+        one = open_points([spot], self.session, self.contexts)[0]
+        try:
+            check_points([one], self.folder, best=False)
+        except FAULTS as error:
+            return failed(one, error)
+        return measured(self.models, one, self.call)
+
+    def spot(self, recipe: Recipe, point: tuple[float, float, dict[str, Any]], name: str) -> Spot:
+        """The recipe with a point's alpha, tau and other changes, under a name of its own."""
+        alpha, tau, changes = point
+        own = {"alpha": alpha, "tau": tau, "run.output": str(self.folder / name), **changes}
+        return NamedSpot(
+            alpha, tau, changes, changed(recipe, own, f"{recipe.name} at {name}"), name
+        )
+
+
+@dataclass(frozen=True)
+class NamedSpot(Spot):
+    """A spot that is called otherwise than by all of its changes, which may be many."""
+
+    title: str
+
+    @property
+    def name(self) -> str:
+        return self.title
