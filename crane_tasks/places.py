@@ -23,12 +23,12 @@ def output_folder(recipe: Recipe) -> Path:
     return _among_merges(f"{recipe.name}-{point_name(recipe.alpha, recipe.tau)}")
 
 
-def sweep_folder(recipe: Recipe) -> Path:
-    """Where a sweep's report goes: beside the merge that the recipe makes."""
+def sweep_folder(recipe: Recipe, kind: str = "sweep") -> Path:
+    """Where the report of a sweep, or of another search, goes: beside the recipe's merge."""
     if recipe.run.output is not None:
         output = recipe.place(recipe.run.output).resolve()
-        return output.with_name(f"{output.name}-sweep")
-    return _among_merges(f"{recipe.name}-sweep")
+        return output.with_name(f"{output.name}-{kind}")
+    return _among_merges(f"{recipe.name}-{kind}")
 
 
 def report_folder(output: Path) -> Path:

@@ -41,9 +41,7 @@ RequireOption = Annotated[
 WriteOption = Annotated[
     str | None, typer.Option("--write", metavar="best", help="Merge the best point.")
 ]
-ReportOption = Annotated[
-    Path | None, typer.Option("--output", help="Folder of the sweep's report.")
-]
+ReportOption = Annotated[Path | None, typer.Option("--output", help="Folder of the report.")]
 GroupsOption = Annotated[int, typer.Option("--groups", help="Into which each set is dealt.")]
 DrawsOption = Annotated[int, typer.Option("--draws", help="Of half of the groups.")]
 SeedOption = Annotated[int, typer.Option("--seed", help="Of dealing and drawing.")]
@@ -241,6 +239,40 @@ def sweep(
             view.points(swept)
         if swept.problem:
             view.problem(swept.problem)
+            raise typer.Exit(FAILED)
+
+    guarded(work, debug=debug)
+
+
+@app.command()
+def tune(
+    recipe: RecipeArgument,
+    budget: Annotated[int, typer.Option("--budget", help="Points to measure.")],
+    require: RequireOption = [],  # noqa: B006
+    seed: Annotated[int, typer.Option("--seed", help="Of what the search chooses.")] = 0,
+    assignments: SetOption = [],  # noqa: B006
+    output: ReportOption = None,
+    store: StoreOption = None,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Search for the best recipe that keeps what is required; compare it on rows it never saw."""
+
+    def work(view: "Terminal") -> None:
+        from flows.tune import tune as run
+
+        session = _session(view, recipe, assignments, store)
+        _require_no_workers(session.recipe)
+        folder = output.expanduser().absolute() if output else None
+        tuned = run(
+            session, require=require, budget=budget, seed=seed, folder=folder, call=view.timed
+        )
+        if as_json:
+            print_json(tuned.as_json())
+        else:
+            view.tuned(tuned)
+        if tuned.problem:
+            view.problem(tuned.problem)
             raise typer.Exit(FAILED)
 
     guarded(work, debug=debug)

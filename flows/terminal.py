@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from flows.merge import Merged
     from flows.plan import Plan
     from flows.sweep_result import Sweep
+    from flows.tune_result import Tuned
 
 
 class Terminal:
@@ -150,6 +151,15 @@ class Terminal:
         if swept.written:
             self.out.print(f"Merged checkpoint: {swept.written}", soft_wrap=True)
         self.out.print(f"Report:            {swept.report}", soft_wrap=True)
+
+    def tuned(self, tuned: "Tuned") -> None:
+        """What a search found, on the rows that it never saw."""
+        self.evaluation({"models": tuned.unseen})
+        for line in tuned.lines:
+            self.out.print(_plain(line), soft_wrap=True)
+        if tuned.recipe:
+            self.out.print(f"Recipe:            {tuned.recipe}", soft_wrap=True)
+        self.out.print(f"Report:            {tuned.trials.report}", soft_wrap=True)
 
     def listing(self, records: list[dict[str, Any]]) -> None:
         """The artifacts of a store."""
