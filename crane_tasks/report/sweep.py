@@ -92,7 +92,7 @@ def point_rows(
     rows = [["", name, "", *("" for _ in paths), *cells(one)] for name, one in models.items()]
     for place, point in enumerate(points):
         mark = "★" if place == choice.best else "●" if place in choice.front else ""
-        values = [_text(point.changes.get(path)) for path in paths]
+        values = [_changed(point, path) for path in paths]
         rows.append([mark, f"{point.alpha:g}", f"{point.tau:g}", *values, *cells(point.metrics)])
     return ["", "alpha", "tau", *paths, *(m.title for m in metrics)], rows
 
@@ -102,7 +102,9 @@ def _paths(points: Sequence[Point]) -> list[str]:
     return list(dict.fromkeys(path for p in points for path in p.changes))
 
 
-def _text(value: Any) -> str:
+def _changed(point: Point, path: str) -> str:
+    """A field's value at a point; nothing where it is the recipe's own."""
+    value = point.changes.get(path, "")
     return value if isinstance(value, str) else json.dumps(value)
 
 
@@ -115,7 +117,7 @@ def sweep_csv(points: Sequence[Point], choice: Choice) -> str:
     for place, p in enumerate(points):
         measured = [finite(p.metrics.get(name)) for name in BY_NAME]
         flags = [place in choice.front, choice.meets[place], place == choice.best]
-        values = [_text(p.changes.get(path)) for path in paths]
+        values = [_changed(p, path) for path in paths]
         last = [*(str(f).lower() for f in flags), p.status, round(p.seconds, 3), p.key]
         writer.writerow([p.alpha, p.tau, *values, *measured, *last])
     return out.getvalue()
