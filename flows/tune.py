@@ -28,7 +28,7 @@ from flows.rivals import find_rivals, on_other_rows
 from flows.space import Space
 from flows.split import Split, halves_of, split_heldout
 from flows.study import Study, open_study
-from flows.tune_result import Trials, Tuned, write_best
+from flows.tune_result import Trials, Tuned, check_result_folder, write_best
 
 if TYPE_CHECKING:
     from optuna import Trial
@@ -69,6 +69,7 @@ def tune(
     place = (folder or sweep_folder(recipe, "tune")).resolve()
     session.store.prepare()
     check_sweep_folder(place, open_context(session).inputs)
+    check_result_folder(place)
     with naming_full_disk(session.store.root, place):
         split = split_heldout(recipe, halves, place)
         search = Search(session, split, requirements, Bench(session, place, call))
@@ -117,9 +118,10 @@ class Search:
                 self._step(study, result)
         trials.write()
         self.session.progress("trials", budget, budget, "trials")
+        result.write()
         if result.best is not None:
             self._compare(result, result.best)
-        result.write()
+            result.write()
         return result
 
     def _identity(self, own: Candidate, seed: int) -> str:

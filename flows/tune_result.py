@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from artifacts.store import write_atomically
+from crane_tasks.errors import OutputError
 from crane_tasks.evaluate.choice import Metrics, Point, shortfall
 from crane_tasks.recipe import Recipe
 from crane_tasks.recipe_file import changed
@@ -105,9 +106,23 @@ class Tuned:
         return dict(finite(record))
 
     def write(self) -> None:
-        """Write `tune.json` beside the report of the trials."""
+        """Write `tune.json` beside the report of the trials; an older search's recipe goes."""
+        if self.recipe is None:
+            (self.trials.output / BEST).unlink(missing_ok=True)
         text = json.dumps(self.as_json(), indent=2, allow_nan=False) + "\n"
         write_atomically(self.trials.output / RESULT, text)
+
+
+def check_result_folder(folder: Path) -> None:
+    """Refuse a folder whose recipe no search has written.
+
+    Raises:
+        OutputError: it has one.
+    """
+    if (folder / BEST).exists() and not (folder / RESULT).exists():
+        raise OutputError(
+            f"{folder}: holds a {BEST} that is of no search. Choose another --output."
+        )
 
 
 def write_best(recipe: Recipe, folder: Path) -> Path:

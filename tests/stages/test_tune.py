@@ -247,15 +247,34 @@ def test_a_folder_of_something_else_is_left_alone(pair: TinyPair, tmp_path: Path
     with pytest.raises(BadInput):
         tune(asked(pair, tmp_path / "store"), budget=1, folder=pair.base)
     assert not (pair.base / "rows").exists()
+    mine = tmp_path / "found" / "best.yaml"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    with pytest.raises(BadInput, match=r"holds a best\.yaml that is of no search"):
+        search(pair, tmp_path)
+    assert mine.read_text() == "mine"
 
 
 def test_without_requirements_and_answers_the_least_loss_wins(
     pair: TinyPair, tmp_path: Path
 ) -> None:
-    free = search(pair, tmp_path, "evaluate.generate=0", require=(), budget=3)
+    free = search(pair, tmp_path, "evaluate.generate=0", require=(), budget=BUDGET)
     losses = [p.metrics["reasoning_loss"] for p in free.trials.points]
     assert free.best is not None and free.best.metrics["reasoning_loss"] == min(losses)
     assert free.reasons == {}
+
+
+def test_a_point_that_cannot_be_measured_costs_the_search_nothing_else(
+    pair: TinyPair, tmp_path: Path
+) -> None:
+    """The recipe's own alpha is too large for the dtype: it is the first trial."""
+    found = search(pair, tmp_path, "alpha=1e38", "evaluate.generate=0", budget=2, seed=3)
+    assert "too large" in str(found.trials.points[0].error)
+    assert found.trials.points[0].metrics == {} and found.known == 0
+    notices: list[str] = []
+    again = search(pair, tmp_path, "alpha=1e38", "evaluate.generate=0", budget=2, seed=3,
+                   notice=notices.append)  # fmt: skip
+    assert told(again) == told(found) and "finished" in notices[0]
 
 
 class Fixed:
