@@ -62,12 +62,21 @@ class Tuned:
         return self.trials.problem
 
     @property
+    def unseen_meets(self) -> dict[str, bool]:
+        """Who keeps every requirement on the unseen rows."""
+        required = self.trials.requirements
+        return {name: all(r.met(m) for r in required) for name, m in self.unseen.items()}
+
+    @property
     def lines(self) -> list[str]:
         """What a person reads below the table."""
         seen, unseen = (
             " and ".join(f"{count} {name}" for name, count in self.counts[part].items())
             for part in ("seen", "unseen")
         )
+        lost = [
+            n for n, kept in self.unseen_meets.items() if not kept and n not in ("base", "donor")
+        ]
         missing = [name for name, point in self.rivals.items() if point is None]
         at = [f"{name} at alpha {p.alpha:g}" for name, p in self.rivals.items() if p is not None]
         return [
@@ -76,6 +85,11 @@ class Tuned:
             f"{self.known} were known.",
             *([f"Best: {self.best}"] if self.best else []),
             *([f"Beside it: {', '.join(at)}."] if at else []),
+            *(
+                [f"On these rows no longer within what is required: {', '.join(lost)}."]
+                if lost
+                else []
+            ),
             *([f"No alpha keeps what is required: {', '.join(missing)}."] if missing else []),
         ]
 
@@ -96,10 +110,7 @@ class Tuned:
             "known": self.known,
             "rivals": rivals,
             "unseen": self.unseen,
-            "unseen_meets": {
-                name: all(r.met(metrics) for r in self.trials.requirements)
-                for name, metrics in self.unseen.items()
-            },
+            "unseen_meets": self.unseen_meets,
             "recipe": str(self.recipe) if self.recipe else None,
             "problem": self.problem,
         }

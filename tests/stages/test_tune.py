@@ -19,7 +19,6 @@ from crane_tasks.recipe_file import load_recipe
 from crane_tasks.rows import Row
 from crane_tasks.session import Session
 from flows.merge import merge
-from flows.rivals import ALPHAS
 from flows.space import Space
 from flows.split import FEWEST, split_rows
 from flows.tune import tune
@@ -118,7 +117,7 @@ def merged_models(store: Store, keys: Any) -> dict[str, Any]:
 def test_the_rivals_are_plain_methods_at_their_best_alpha(found: Tuned) -> None:
     linear, arithmetic = found.rivals["linear"], found.rivals["task_arithmetic"]
     assert linear is not None and arithmetic is not None
-    assert linear.alpha == arithmetic.alpha and linear.alpha in ALPHAS
+    assert linear.alpha == arithmetic.alpha and 0 < linear.alpha < 1
     assert linear.metrics == arithmetic.metrics and linear.metrics["format_divergence"] <= 0.02
     assert found.unseen.keys() == {"base", "donor", "best", "linear", "task_arithmetic"}
 
