@@ -13,13 +13,10 @@ from tiny_merge import asked
 
 from artifacts.store import Store
 from crane_tasks.errors import BadInput, DataError, RecipeError
-from crane_tasks.evaluate.choice import Point
-from crane_tasks.recipe import Recipe
 from crane_tasks.recipe_file import load_recipe
 from crane_tasks.rows import Row
 from crane_tasks.session import Session
 from flows.merge import merge
-from flows.space import Space
 from flows.split import FEWEST, split_rows
 from flows.tune import tune
 from flows.tune_result import Tuned
@@ -274,54 +271,3 @@ def test_a_point_that_cannot_be_measured_costs_the_search_nothing_else(
     again = search(pair, tmp_path, "alpha=1e38", "evaluate.generate=0", budget=2, seed=3,
                    notice=notices.append)  # fmt: skip
     assert told(again) == told(found) and "finished" in notices[0]
-
-
-class Fixed:
-    """A trial with choices made before, the first option for the rest."""
-
-    def __init__(self, **chosen: Any) -> None:
-        self.chosen, self.asked = chosen, set[str]()
-
-    def suggest_float(self, name: str, low: float, high: float, log: bool = False) -> float:
-        self.asked.add(name)
-        value: float = self.chosen.get(name, low)
-        assert low <= value <= high
-        return value
-
-    def suggest_categorical(self, name: str, options: Any) -> Any:
-        self.asked.add(name)
-        return self.chosen.get(name, options[0])
-
-
-def suggested(recipe: Recipe, **chosen: Any) -> tuple[Point, set[str]]:
-    trial = Fixed(**chosen)
-    alpha, tau, changes = Space(recipe, ("attention", "expert")).suggest(trial)  # type: ignore[arg-type]
-    return Point(alpha, tau, "", 0.0, "", changes), trial.asked
-
-
-def test_only_what_the_edit_reads_is_asked_for(pair: TinyPair) -> None:
-    recipe = pair.recipe()
-    own = Space(recipe, ("attention", "expert")).own()
-    point, _ = suggested(recipe, **own)
-    assert (point.alpha, point.tau, point.changes) == (recipe.alpha, recipe.tau, {})
-    linear, asked_for = suggested(recipe, method="linear", scale_attention=0.5)
-    assert asked_for == {"alpha", "method", "scale_attention", "scale_feed_forward"}
-    assert linear.changes["merge.scales"] == {"attention": 0.5, "expert": 0.5}
-    _, asked_for = suggested(recipe, method="slerp")
-    assert asked_for == {"alpha", "method"}
-    _, asked_for = suggested(recipe, method="ties")
-    assert "density" in asked_for and "tau" not in asked_for
-    ridge, asked_for = suggested(recipe, projection="ridge", sites="all", density=0.25)
-    assert {"tau", "sites", "density"} <= asked_for
-    assert ridge.changes["merge.projection"] == "ridge"
-    assert ridge.changes["projector.sites"] == "all" and ridge.changes["merge.density"] == 0.25
-
-
-def test_the_recipes_own_values_and_factors_stay_within(pair: TinyPair) -> None:
-    recipe = pair.recipe("alpha=2.5", "tau=0.9", "merge.scales={attention: 0.5, norm: 0}")
-    own = Space(recipe, ("attention", "expert")).own()
-    point, _ = suggested(recipe, **own)
-    assert (point.alpha, point.tau, point.changes) == (2.5, 0.9, {})
-    scaled, _ = suggested(recipe, **own | {"scale_attention": 1.5})
-    assert scaled.changes["merge.scales"] == {"attention": 0.75, "norm": 0}
-    assert Space(recipe, ("attention", "norm")).groups == {"attention": ["attention"]}
