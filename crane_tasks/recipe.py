@@ -8,19 +8,17 @@ from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit
 
 from pydantic import (
-    BaseModel,
     ByteSize,
-    ConfigDict,
     Discriminator,
     Field,
     PrivateAttr,
     Tag,
     field_validator,
-    model_validator,
 )
+
+from crane_tasks.section import Endpoint, Section
 
 FORMAT_PATTERNS = (
     "<tool_call>",
@@ -31,46 +29,6 @@ FORMAT_PATTERNS = (
     "<|im_end|>",
 )
 Finite = Annotated[float, Field(allow_inf_nan=False)]
-
-
-class Section(BaseModel):
-    """Base of all sections: frozen, and a misspelt key is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_max_length(cls, value: Any) -> Any:
-        """The old name bounded prompt and target together: it must not pass for the new one."""
-        named = isinstance(value, Mapping) and "max_length" in value
-        if named and "max_prompt_length" in cls.model_fields:
-            raise ValueError(
-                "max_length is now max_prompt_length, which bounds the prompt alone; a target may "
-                "have max_new_tokens tokens besides, and a given `completion` is never cut"
-            )
-        return value
-
-
-class Endpoint(Section):
-    """A running OpenAI-compatible server (vLLM, SGLang, llama.cpp, ...) that decodes targets.
-
-    Its key, where it asks for one, is read from the environment: OPENAI_API_KEY.
-    """
-
-    endpoint: str = Field(description="where /completions lies, e.g. http://localhost:8000/v1")
-    model: str = Field(min_length=1, description="the name the server gives it; part of the key")
-
-    @field_validator("endpoint")
-    @classmethod
-    def _plain_url(cls, value: str) -> str:
-        parts = urlsplit(value)
-        _ = parts.port  # a ValueError if it is no number
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError("an http or https URL, such as http://localhost:8000/v1")
-        # The recipe is written into the output, the report and the store.
-        if parts.username or parts.password or parts.query or parts.fragment:
-            raise ValueError("a URL without user, password or query: keys go in OPENAI_API_KEY")
-        return value
 
 
 def _kind_of_targets(value: Any) -> str:
@@ -311,7 +269,7 @@ def field_of(recipe: Recipe, path: str) -> Any:
     value: Any = recipe
     for name in path.split("."):
         value = getattr(value, name)
-    return value.model_dump(mode="json") if isinstance(value, BaseModel) else _as_json(value)
+    return value.model_dump(mode="json") if isinstance(value, Section) else _as_json(value)
 
 
 def _as_json(value: Any) -> Any:

@@ -9,42 +9,33 @@ import typer
 from flows.command import (
     FAILED,
     AlphaOption,
+    AlphasOption,
+    AxisOption,
     DebugOption,
+    DrawsOption,
     ForceOption,
+    GroupsOption,
     JsonOption,
     OutputOption,
     PrefectOption,
     RecipeArgument,
+    ReportOption,
+    RequireOption,
+    SeedOption,
     SetOption,
     StoreOption,
     TauOption,
+    TausOption,
+    WriteOption,
     guarded,
     print_json,
+    require_no_workers,
 )
 from flows.store_commands import store_app
 
 if TYPE_CHECKING:
-    from crane_tasks.recipe import Recipe
     from crane_tasks.session import Session
     from flows.terminal import Terminal
-
-AlphasOption = Annotated[str | None, typer.Option("--alpha", help="Comma-separated.")]
-TausOption = Annotated[str | None, typer.Option("--tau", help="Comma-separated.")]
-AxisOption = Annotated[
-    list[str],
-    typer.Option("--set-grid", metavar="PATH=VALUE,VALUE", help="Another axis: any recipe field."),
-]
-RequireOption = Annotated[
-    list[str],
-    typer.Option("--require", metavar="METRIC>=NUMBER", help="What the best point must keep."),
-]
-WriteOption = Annotated[
-    str | None, typer.Option("--write", metavar="best", help="Merge the best point.")
-]
-ReportOption = Annotated[Path | None, typer.Option("--output", help="Folder of the report.")]
-GroupsOption = Annotated[int, typer.Option("--groups", help="Into which each set is dealt.")]
-DrawsOption = Annotated[int, typer.Option("--draws", help="Of half of the groups.")]
-SeedOption = Annotated[int, typer.Option("--seed", help="Of dealing and drawing.")]
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -64,16 +55,6 @@ def _session(
     return open_session(
         recipe, assignments, store=store, progress=view.progress, notice=view.notice, **more
     )
-
-
-def _require_no_workers(recipe: "Recipe") -> None:
-    from crane_tasks.errors import RecipeError
-
-    if recipe.run.workers is not None:
-        raise RecipeError(
-            "run.workers: Prefect hands out the work: `crane merge --prefect`, or the sweep's "
-            "deployment"
-        )
 
 
 @app.command()
@@ -106,7 +87,7 @@ def merge(
         else:
             from flows.merge import merge as run
 
-            _require_no_workers(session.recipe)
+            require_no_workers(session.recipe)
             merged = run(session, view.timed)
         if as_json:
             print_json(merged.as_json())
@@ -222,7 +203,7 @@ def sweep(
         from flows.sweep import sweep as run
 
         session = _session(view, recipe, assignments, store, force=force)
-        _require_no_workers(session.recipe)
+        require_no_workers(session.recipe)
         swept = run(
             session,
             read_numbers(alpha, "--alpha") if alpha is not None else (),
@@ -262,7 +243,7 @@ def tune(
         from flows.tune import tune as run
 
         session = _session(view, recipe, assignments, store)
-        _require_no_workers(session.recipe)
+        require_no_workers(session.recipe)
         folder = output.expanduser().absolute() if output else None
         tuned = run(
             session, require=require, budget=budget, seed=seed, folder=folder, call=view.timed

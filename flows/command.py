@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from crane_tasks.recipe import Recipe
     from flows.terminal import Terminal
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
@@ -29,6 +30,23 @@ StoreOption = Annotated[Path | None, typer.Option("--store", help="Folder of the
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace another merge.")]
+AlphasOption = Annotated[str | None, typer.Option("--alpha", help="Comma-separated.")]
+TausOption = Annotated[str | None, typer.Option("--tau", help="Comma-separated.")]
+AxisOption = Annotated[
+    list[str],
+    typer.Option("--set-grid", metavar="PATH=VALUE,VALUE", help="Another axis: any recipe field."),
+]
+RequireOption = Annotated[
+    list[str],
+    typer.Option("--require", metavar="METRIC>=NUMBER", help="What the best point must keep."),
+]
+WriteOption = Annotated[
+    str | None, typer.Option("--write", metavar="best", help="Merge the best point.")
+]
+ReportOption = Annotated[Path | None, typer.Option("--output", help="Folder of the report.")]
+GroupsOption = Annotated[int, typer.Option("--groups", help="Into which each set is dealt.")]
+DrawsOption = Annotated[int, typer.Option("--draws", help="Of half of the groups.")]
+SeedOption = Annotated[int, typer.Option("--seed", help="Of dealing and drawing.")]
 PrefectOption = Annotated[
     bool | None,
     typer.Option(
@@ -79,3 +97,13 @@ def print_json(value: Any) -> None:
     from crane_tasks.report.finite import finite
 
     sys.stdout.write(json.dumps(finite(value), allow_nan=False) + "\n")
+
+
+def require_no_workers(recipe: "Recipe") -> None:
+    from crane_tasks.errors import RecipeError
+
+    if recipe.run.workers is not None:
+        raise RecipeError(
+            "run.workers: Prefect hands out the work: `crane merge --prefect`, or the sweep's "
+            "deployment"
+        )

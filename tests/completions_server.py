@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from conftest import TinyPair, load_tensors, save_tensors
 
-from crane_tasks.recipe import Endpoint
+from crane_tasks.section import Endpoint
 
 NAME = "tiny-donor"
 

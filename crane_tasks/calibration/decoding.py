@@ -9,8 +9,9 @@ from crane_tasks.errors import EndpointError
 from crane_tasks.identity import GENERATION
 from crane_tasks.models.decoding.greedy import decode_greedily, load_resident
 from crane_tasks.models.decoding.server import Answer, asked
-from crane_tasks.recipe import Endpoint, TargetSet
+from crane_tasks.recipe import TargetSet
 from crane_tasks.rows import RowSet
+from crane_tasks.section import Endpoint
 from crane_tasks.session import Context
 
 # Per batch its targets, and what else is to be noted of it.

@@ -15,8 +15,9 @@ from crane_tasks.calibration.targets import check_targets, waiting, write_target
 from crane_tasks.errors import DataError
 from crane_tasks.models.decoding.server import check_server
 from crane_tasks.models.files.tokenizer import load_tokenizer
-from crane_tasks.recipe import Endpoint, FormatSet, Recipe, Targets, TargetSet
+from crane_tasks.recipe import FormatSet, Recipe, Targets, TargetSet
 from crane_tasks.rows import RowSet, load_rows
+from crane_tasks.section import Endpoint
 from crane_tasks.session import Context
 from crane_tasks.sizes import sizes_of
 from crane_tasks.stage import TOKENIZER, Keys, Needs, Source, Stage

@@ -13,9 +13,10 @@ from crane_tasks.calibration.sets import NAME, offsets_of
 from crane_tasks.errors import DataError
 from crane_tasks.models.files.tokenizer import load_tokenizer
 from crane_tasks.models.files.wording import listed
-from crane_tasks.recipe import Endpoint, TargetSet
+from crane_tasks.recipe import TargetSet
 from crane_tasks.rendering import completion_ids, prompt_ids
 from crane_tasks.rows import RowSet
+from crane_tasks.section import Endpoint
 from crane_tasks.session import Context
 
 # Rows decoded together. Part of no key: padding on the left with a mask changes rounding

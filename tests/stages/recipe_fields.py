@@ -7,7 +7,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from crane_tasks.method import used
-from crane_tasks.recipe import KEYLESS, Endpoint, Recipe
+from crane_tasks.recipe import KEYLESS, Recipe
+from crane_tasks.section import Endpoint
 from crane_tasks.stage import Source, Stage
 
 

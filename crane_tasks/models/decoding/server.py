@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from anyio.from_thread import start_blocking_portal
 
 from crane_tasks.errors import EndpointError
-from crane_tasks.recipe import Endpoint
+from crane_tasks.section import Endpoint
 
 if TYPE_CHECKING:
     from openai import APIError, AsyncOpenAI

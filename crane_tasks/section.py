@@ -1,0 +1,47 @@
+"""What every section of a recipe is, and the section that names a server."""
+
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import urlsplit
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, and a misspelt key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_max_length(cls, value: Any) -> Any:
+        """The old name bounded prompt and target together: it must not pass for the new one."""
+        named = isinstance(value, Mapping) and "max_length" in value
+        if named and "max_prompt_length" in cls.model_fields:
+            raise ValueError(
+                "max_length is now max_prompt_length, which bounds the prompt alone; a target may "
+                "have max_new_tokens tokens besides, and a given `completion` is never cut"
+            )
+        return value
+
+
+class Endpoint(Section):
+    """A running OpenAI-compatible server (vLLM, SGLang, llama.cpp, ...) that decodes targets.
+
+    Its key, where it asks for one, is read from the environment: OPENAI_API_KEY.
+    """
+
+    endpoint: str = Field(description="where /completions lies, e.g. http://localhost:8000/v1")
+    model: str = Field(min_length=1, description="the name the server gives it; part of the key")
+
+    @field_validator("endpoint")
+    @classmethod
+    def _plain_url(cls, value: str) -> str:
+        parts = urlsplit(value)
+        _ = parts.port  # a ValueError if it is no number
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError("an http or https URL, such as http://localhost:8000/v1")
+        # The recipe is written into the output, the report and the store.
+        if parts.username or parts.password or parts.query or parts.fragment:
+            raise ValueError("a URL without user, password or query: keys go in OPENAI_API_KEY")
+        return value
