@@ -1,7 +1,9 @@
 """The documents say what the code is: tables, links, diffs and lengths."""
 
 import re
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -41,6 +43,25 @@ def test_the_diffs_of_extending_apply(number: int, tmp_path: Path) -> None:
         ["git", "apply", "--check", str(patch)], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_what_the_diffs_of_extending_add_can_be_loaded(tmp_path: Path) -> None:
+    for package in ("artifacts", "crane_tasks", "flows", "tests"):
+        shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("*.pyc"))
+    (tmp_path / "change.diff").write_text(
+        "".join(DIFF.findall((ROOT / "docs" / "extending.md").read_text()))
+    )
+    subprocess.run(["git", "apply", "change.diff"], cwd=tmp_path, check=True)
+    load = (
+        "from crane_tasks.edit import edit_named; from crane_tasks.method import STAGES; "
+        "from crane_tasks.recipe import known_methods; "
+        "print([s.name for s in STAGES], {m: list(edit_named(m).stages) for m in known_methods()})"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", load], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "'alignment'" in done.stdout and "'trimmed': ['threshold']" in done.stdout
 
 
 def test_the_readme_is_a_page() -> None:
