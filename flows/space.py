@@ -1,9 +1,11 @@
 """What a search may change in a recipe, and how a trial's choices become one."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from crane_tasks.edit import edit_of
+from crane_tasks.known_parts import THRESHOLDS
+from crane_tasks.parts import Part
 from crane_tasks.recipe import Recipe, field_of
 
 if TYPE_CHECKING:
@@ -17,6 +19,7 @@ PARTS = {
     "gate": ("taylor", "flat"),
     "projection": ("sigmoid", "hard", "ridge", "none"),
 }
+WITH_DENSITY = ("median", "top", "drop")  # the thresholds that read `merge.density`
 OWN = {"threshold": "median", "gate": "taylor", "projection": "sigmoid"}  # of FREE
 SITES = ("published", "all")
 # Beyond alpha 1 a linear edit leaves the donor behind; T doubles, so the published alphas are
@@ -91,7 +94,7 @@ class Space:
         if edit.projection is not None:
             tau = _short(trial.suggest_float("tau", *self._around(TAU, tau), log=True))
             changes["projector.sites"] = trial.suggest_categorical("sites", SITES)
-        changes["merge.density"] = self._density(trial, merge)
+        changes["merge.density"] = self._density(trial, edit.threshold)
         if not edit.spherical:
             changes["merge.scales"] = self._scales(trial)
         known = {path: field_of(self.recipe, path) for path in changes}
@@ -103,11 +106,8 @@ class Space:
         # The method's own is left to it: then the point is the one that a plain merge makes.
         return None if choice == OWN[part] else choice
 
-    def _density(self, trial: "Trial", merge: Mapping[str, Any]) -> float | None:
-        kind = merge["threshold"] or {FREE: "median", "ties": "top", "dare": "drop"}.get(
-            merge["method"]
-        )
-        if kind not in ("median", "top", "drop"):
+    def _density(self, trial: "Trial", part: Part | None) -> float | None:
+        if part not in [THRESHOLDS[name] for name in WITH_DENSITY]:
             return None
         own = self.recipe.merge.density
         density = _short(trial.suggest_float("density", *self._around(DENSITY, own)))
