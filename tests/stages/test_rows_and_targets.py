@@ -202,7 +202,7 @@ GOOD = {"messages": [USER], "completion": "yes"}
     ("text", "message"),
     [
         (lines(GOOD, GOOD) + '{"messages": [\n' + lines(GOOD), r"own\.jsonl line 3: not JSON"),
-        (lines(GOOD) + "\n" + lines(GOOD), r"own\.jsonl line 2: not JSON"),
+        (lines(GOOD) + "\n\n[1]\n", r"own\.jsonl line 4: not a JSON object"),
         (lines(GOOD, [1]), r"own\.jsonl line 2: not a JSON object"),
         (lines(GOOD, {"text": "hi"}), r"own\.jsonl line 2: needs `messages`.* or a `prompt`"),
         (lines(GOOD, {"system": "hi"}), r"own\.jsonl line 2: needs `messages`.* or a `prompt`"),
@@ -277,7 +277,7 @@ def test_an_absent_or_foreign_file_is_refused(desk: Desk) -> None:
         load_rows(desk.pair.recipe(), "nowhere.jsonl")
     with pytest.raises(DataError, match=r"sub/nowhere\.jsonl: no such data file"):
         load_rows(desk.pair.recipe(), "sub/nowhere.jsonl")
-    with pytest.raises(DataError, match="JSONL, JSON or Parquet"):
+    with pytest.raises(DataError, match=r"JSONL or JSON .*or Parquet"):
         desk.rows("messages", "own.csv")
 
 
