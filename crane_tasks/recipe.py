@@ -50,12 +50,23 @@ WHO_CONTINUES = (
 LONGEST = "tokens of a decoded target, at most"
 LONGEST_PROMPT = "tokens of a prompt, at most; a row with a longer one is refused"
 ROWS = "JSONL, JSON or Parquet file, or the id of a hub dataset"
+ON_LOST = (
+    "a row of which the chat template does not show a turn, tool or call: refuse it, or notice"
+)
+OPTIONS = "given to the chat template, e.g. {enable_thinking: false}; a row's own come first"
 
 
-class TargetSet(Section):
-    """A set of prompts whose continuations are the targets."""
+class RowsSection(Section):
+    """A set of conversations that the chat template writes."""
 
     data: str = Field(description=ROWS)
+    chat_template_kwargs: dict[str, Any] = Field(default={}, description=OPTIONS)
+    on_lost: Literal["refuse", "notice"] = Field(default="refuse", description=ON_LOST)
+
+
+class TargetSet(RowsSection):
+    """A set of prompts whose continuations are the targets."""
+
     targets: Targets = Field(description=WHO_CONTINUES)
     max_new_tokens: int = Field(default=2048, gt=0, description=LONGEST)
     max_prompt_length: int = Field(default=2048, gt=0, description=LONGEST_PROMPT)
@@ -70,10 +81,9 @@ class AgentSet(TargetSet):
     targets: Targets = Field(default="base", description=WHO_CONTINUES)
 
 
-class FormatSet(Section):
+class FormatSet(RowsSection):
     """Complete conversations whose format tokens are protected."""
 
-    data: str = Field(description=ROWS)
     radius: int = Field(default=3, ge=0, description="neighbours taken on either side")
     max_length: int = Field(default=4096, gt=0, description="a row's first tokens")
     patterns: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
@@ -251,6 +261,9 @@ KEYLESS = {
     "gate.store_gradients": "kept or not, the scores are the same",
     "calibration.reasoning.targets.endpoint": "a server that moves has the same model",
     "calibration.agent.targets.endpoint": "a server that moves has the same model",
+    "calibration.reasoning.on_lost": "refuses rows, changes none",
+    "calibration.agent.on_lost": "refuses rows, changes none",
+    "calibration.format.on_lost": "refuses rows, changes none",
     "calibration.reasoning.max_prompt_length": "refuses rows, changes none",
     "calibration.agent.max_prompt_length": "refuses rows, changes none",
     "evaluate.max_prompt_length": "refuses rows, changes none",

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from artifacts.ref import digest_of
 from crane_tasks.errors import OutputError
 from crane_tasks.models.files.checkpoint import Checkpoint
 from crane_tasks.models.files.layout import Slot
@@ -145,9 +146,10 @@ def _tokens_of(ctx: Context, section: TargetSet) -> int:
         tokenizer = load_tokenizer(ctx.base)
         texts = (row.completion for row in rows.rows if row.completion is not None)
         given = sum(len(completion_ids(tokenizer, text)) for text in texts)
-        return given + sum(len(prompt_ids(tokenizer, row)) for row in rows.rows)
+        options = section.chat_template_kwargs
+        return given + sum(len(prompt_ids(tokenizer, row, options)) for row in rows.rows)
 
-    key = (ctx.tokenizer_id, rows.digest)
+    key = (ctx.tokenizer_id, rows.digest, digest_of(section.chat_template_kwargs))
     known = ctx.session.kept.one(f"tokens of {section.data}", key, count)
     waiting = sum(row.completion is None for row in rows.rows)
     return known + waiting * min(section.max_new_tokens, RECKONED)

@@ -1,15 +1,15 @@
 """Who continues the prompts of a target set: a checkpoint held here, or a running server."""
 
-import json
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from crane_tasks.ends import ends_of
 from crane_tasks.errors import EndpointError
-from crane_tasks.identity import GENERATION
 from crane_tasks.models.decoding.greedy import decode_greedily, load_resident
 from crane_tasks.models.decoding.server import Answer, asked
 from crane_tasks.recipe import TargetSet
+from crane_tasks.rendering import own_ends, turn_end
 from crane_tasks.rows import RowSet
 from crane_tasks.section import Endpoint
 from crane_tasks.session import Context
@@ -59,6 +59,7 @@ def _by_checkpoint(work: Decoding, batches: Sequence[Sequence[int]]) -> Decoded:
             max_new_tokens=section.max_new_tokens,
             pad=work.tokenizer.pad_token_id,
             eos=work.tokenizer.eos_token_id,
+            also=own_ends(work.tokenizer),
         )
         yield {"targets": targets}
 
@@ -70,7 +71,7 @@ def _by_server(work: Decoding, server: Endpoint, batches: Sequence[Sequence[int]
         return
     prompts = [work.prompts[i] for i in order]
     limits = [section.max_new_tokens] * len(prompts)
-    ends = end_tokens(work)
+    ends = ends_of(work.ctx, work.tokenizer)
     with asked(server, prompts, limits) as futures:
         coming = iter(futures)
         for batch in batches:
@@ -102,14 +103,5 @@ def _target_of(work: Decoding, server: Endpoint, answer: Answer, ends: set[int])
         )
     # vLLM's ids hold the end token, its text does not; as `decode_greedily` keeps it, so here.
     if answer.ended and ids[-1] not in ends:
-        ids = [*ids, work.tokenizer.eos_token_id]
+        ids = [*ids, turn_end(work.tokenizer)]
     return ids
-
-
-def end_tokens(work: Decoding) -> set[int]:
-    """What ends an answer: EOS, and what the generation configs of base and donor name."""
-    ends = {work.tokenizer.eos_token_id}
-    for file in (work.ctx.base / GENERATION, work.ctx.donor / GENERATION):
-        named = json.loads(file.read_text()).get("eos_token_id") if file.exists() else None
-        ends |= set(named if isinstance(named, list) else [named])
-    return ends - {None}

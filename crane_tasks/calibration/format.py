@@ -1,7 +1,7 @@
 """Format sets: complete conversations, and which of their tokens hold the format."""
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -9,35 +9,50 @@ from torch import Tensor
 
 from artifacts.store import Draft
 from crane_tasks.calibration.sets import offsets_of
+from crane_tasks.calibration.shown import texts_of
 from crane_tasks.errors import DataError
 from crane_tasks.models.files.tokenizer import load_tokenizer
-from crane_tasks.recipe import FormatSet
-from crane_tasks.rendering import render
+from crane_tasks.recipe import FORMAT_PATTERNS, FormatSet
 from crane_tasks.rows import RowSet
-from crane_tasks.session import Context
+from crane_tasks.session import Context, no_notice
 
 
 def format_rows(
-    tokenizer: Any, section: FormatSet, rows: RowSet
+    tokenizer: Any, section: FormatSet, rows: RowSet, notice: Callable[[str], None] = no_notice
 ) -> tuple[list[list[int]], list[Tensor]]:
     """Token ids and masks of the rows, each cut to its first `max_length` tokens.
 
     Raises:
-        DataError: the template refuses a row, or no row holds any of the patterns.
+        DataError: the template refuses a row, or no row holds any of the patterns, or one that
+            the recipe names. Of the usual ones, which are Qwen's, it is a notice.
     """
-    sequences, masks = [], []
-    for row in rows.rows:
-        text = render(tokenizer, row, prompt=False)
+    sequences, masks, missing = [], [], dict.fromkeys(section.patterns)
+    for text in texts_of(tokenizer, section, rows, False, notice):
         encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         mask = format_mask(text, encoded["offset_mapping"], section.patterns, section.radius)
         sequences.append(encoded["input_ids"][: section.max_length])
         masks.append(mask[: section.max_length])
+        end = encoded["offset_mapping"][: section.max_length][-1:] or [(0, 0)]
+        for pattern in [p for p in missing if p in text[: end[0][1]]]:
+            del missing[pattern]
     if not any(bool(mask.any()) for mask in masks):
         raise DataError(
             f"{section.data}: no row holds any of the format patterns "
             f"{', '.join(section.patterns)} within {section.max_length} tokens"
         )
+    if missing:
+        _say_missing(section, list(missing), notice)
     return sequences, masks
+
+
+def _say_missing(section: FormatSet, missing: list[str], notice: Callable[[str], None]) -> None:
+    text = f"{section.data}: no row holds the format patterns {', '.join(missing)}"
+    if section.patterns != FORMAT_PATTERNS:
+        raise DataError(
+            f"{text} within {section.max_length} tokens, so nothing protects them. Correct "
+            "calibration.format.patterns, or add rows that hold them."
+        )
+    notice(f"{text}. Name your model's own in calibration.format.patterns.")
 
 
 def write_format(ctx: Context, section: FormatSet, rows: RowSet, draft: Draft) -> None:

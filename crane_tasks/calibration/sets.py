@@ -12,7 +12,7 @@ from artifacts.store import Artifact
 from crane_tasks.models.walk.losses import Item
 
 NAME = "calibration"
-VERSION = 1
+VERSION = 2
 SCHEMA = Schema(
     arrays={
         "token_ids": ("int64",),

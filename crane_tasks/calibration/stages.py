@@ -44,6 +44,8 @@ class _Set:
         """What decides the targets; who decodes, only if something is decoded."""
         section = self.section(ctx.recipe)
         config: dict[str, Any] = {"kind": "targets"}
+        if section.chat_template_kwargs:
+            config["chat_template_kwargs"] = section.chat_template_kwargs
         if not waiting(self.rows(ctx)):
             return config
         config["max_new_tokens"] = section.max_new_tokens
@@ -80,7 +82,7 @@ def _target_stage(role: str, which: _Set) -> Stage:
         if ctx.store.has(keys.refs[role]):
             return
         section, rows = which.section(ctx.recipe), which.rows(ctx)
-        check_targets(load_tokenizer(ctx.base), section, rows)
+        check_targets(load_tokenizer(ctx.base), section, rows, ctx.notice)
         if isinstance(section.targets, Endpoint) and waiting(rows):
             check_server(section.targets)
 
@@ -120,7 +122,8 @@ def _unchanged(rows: RowSet, digest: str) -> RowSet:
 def _heldout(name: str) -> Callable[[Recipe], TargetSet]:
     """A held-out set as a target set.
 
-    What the recipe has decoded by a server for calibration is decoded there here as well.
+    What the recipe has decoded by a server for calibration is decoded there here as well, and
+    what it hands to the chat template there it does here.
     """
 
     def section(recipe: Recipe) -> TargetSet:
@@ -134,13 +137,17 @@ def _heldout(name: str) -> Callable[[Recipe], TargetSet]:
             targets=targets,
             max_new_tokens=settings.max_new_tokens,
             max_prompt_length=settings.max_prompt_length,
+            chat_template_kwargs=given.chat_template_kwargs,
+            on_lost=given.on_lost,
         )
 
     return section
 
 
-def _fields(owner: str, targets: str) -> tuple[str, ...]:
-    return (targets, f"{owner}.max_new_tokens", "gate.compute")
+def _fields(owner: str, name: str) -> tuple[str, ...]:
+    given = f"calibration.{name}"
+    options = f"{given}.chat_template_kwargs"
+    return (f"{given}.targets", f"{owner}.max_new_tokens", "gate.compute", options)
 
 
 REASONING, AGENT = (
@@ -148,7 +155,7 @@ REASONING, AGENT = (
         name,
         _Set(
             f"calibration.{name}.data",
-            _fields(f"calibration.{name}", f"calibration.{name}.targets"),
+            _fields(f"calibration.{name}", name),
             lambda recipe, name=name: getattr(recipe.calibration, name),  # type: ignore[misc]
         ),
     )
@@ -159,7 +166,7 @@ HELDOUT_REASONING, HELDOUT_AGENT = (
         f"heldout_{name}",
         _Set(
             f"evaluate.{name}",
-            _fields("evaluate", f"calibration.{name}.targets"),
+            _fields("evaluate", name),
             _heldout(name),
         ),
     )
@@ -173,7 +180,7 @@ def _format_section(ctx: Context) -> FormatSet:
 
 def _format_config(ctx: Context) -> Mapping[str, Any]:
     section = _format_section(ctx)
-    return {"kind": "format", **section.model_dump(exclude={"data"}, mode="json")}
+    return {"kind": "format", **section.model_dump(exclude={"data", "on_lost"}, mode="json")}
 
 
 def _format_data(ctx: Context) -> RowSet:
@@ -183,7 +190,7 @@ def _format_data(ctx: Context) -> RowSet:
 def _check_format(ctx: Context, keys: Keys) -> None:
     """Render and place the patterns of a format set that is still to be made."""
     if not ctx.store.has(keys[FORMAT]):
-        format_rows(load_tokenizer(ctx.base), _format_section(ctx), _format_data(ctx))
+        format_rows(load_tokenizer(ctx.base), _format_section(ctx), _format_data(ctx), ctx.notice)
 
 
 def _write_format(ctx: Context, keys: Keys, draft: Draft) -> None:
@@ -202,7 +209,10 @@ FORMAT = Stage(
         ),
         "tokenizer": TOKENIZER,
     },
-    fields=tuple(f"calibration.format.{name}" for name in ("radius", "max_length", "patterns")),
+    fields=tuple(
+        f"calibration.format.{name}"
+        for name in ("radius", "max_length", "patterns", "chat_template_kwargs")
+    ),
     config=_format_config,
     check=_check_format,
     write=_write_format,

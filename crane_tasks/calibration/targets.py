@@ -1,6 +1,6 @@
 """Target sets: prompts with their targets, the data's own or decoded greedily."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from typing import Any
 
@@ -8,16 +8,25 @@ import torch
 
 from artifacts.ref import Ref
 from artifacts.store import Draft
-from crane_tasks.calibration.decoding import Decoding, decoded_batches, end_tokens
+from crane_tasks.calibration.decoding import Decoding, decoded_batches
 from crane_tasks.calibration.sets import NAME, offsets_of
+from crane_tasks.calibration.shown import texts_of
+from crane_tasks.ends import ends_of
 from crane_tasks.errors import DataError
 from crane_tasks.models.files.tokenizer import load_tokenizer
 from crane_tasks.models.files.wording import listed
 from crane_tasks.recipe import TargetSet
-from crane_tasks.rendering import completion_ids, prompt_ids
+from crane_tasks.rendering import (
+    CLOSING,
+    OPENING,
+    completion_ids,
+    ids_of,
+    opens_thinking,
+    turn_end,
+)
 from crane_tasks.rows import RowSet
 from crane_tasks.section import Endpoint
-from crane_tasks.session import Context
+from crane_tasks.session import Context, no_notice
 
 # Rows decoded together. Part of no key: padding on the left with a mask changes rounding
 # only, and the decoded ids are what is stored.
@@ -29,16 +38,20 @@ def waiting(rows: RowSet) -> list[int]:
     return [i for i, row in enumerate(rows.rows) if row.completion is None]
 
 
-def check_targets(tokenizer: Any, section: TargetSet, rows: RowSet) -> list[list[int]]:
+def check_targets(
+    tokenizer: Any, section: TargetSet, rows: RowSet, notice: Callable[[str], None] = no_notice
+) -> list[list[int]]:
     """The prompts' token ids.
 
     Raises:
-        DataError: a prompt is longer than `max_prompt_length`, or a completion is empty. A long
+        DataError: a prompt is longer than `max_prompt_length`, the template loses a part of it,
+            or a completion is empty or never ends the thinking that its prompt begins. A long
             prompt is refused: cut on the right it would lose its assistant header.
     """
     prompts = []
-    for row in rows.rows:
-        ids = prompt_ids(tokenizer, row)
+    for row, text in zip(rows.rows, texts_of(tokenizer, section, rows, True, notice), strict=True):
+        ids = ids_of(tokenizer, text)
+        opened = opens_thinking(tokenizer, ids)
         if len(ids) > section.max_prompt_length:
             raise DataError(
                 f"{row.place}: the prompt has {len(ids)} tokens, max_prompt_length is "
@@ -46,11 +59,17 @@ def check_targets(tokenizer: Any, section: TargetSet, rows: RowSet) -> list[list
             )
         if row.completion is not None and not row.completion.strip():
             raise DataError(f"{row.place}: `completion` is empty")
-        ours = row.completion is not None or isinstance(section.targets, Endpoint)
-        if ours and tokenizer.eos_token_id is None:
+        if row.completion is not None and opened and CLOSING not in row.completion:
             raise DataError(
-                f"{row.place}: a `completion` and a server's answer end with EOS, and the base's "
-                "tokenizer names none"
+                f"{row.place}: the chat template begins a thinking block ({OPENING}) in the "
+                f"prompt, and `completion` never ends it. Write the thoughts and {CLOSING} before "
+                "the answer, or switch thinking off by `chat_template_kwargs`."
+            )
+        ours = row.completion is not None or isinstance(section.targets, Endpoint)
+        if ours and turn_end(tokenizer) is None:
+            raise DataError(
+                f"{row.place}: a `completion` and a server's answer need an end, and neither the "
+                "base's chat template nor its tokenizer (EOS) names one"
             )
         prompts.append(ids)
     return prompts
@@ -67,10 +86,11 @@ def write_targets(ctx: Context, section: TargetSet, rows: RowSet, draft: Draft) 
     tokenizer = load_tokenizer(ctx.base)
     prompts = check_targets(tokenizer, section, rows)
     targets: list[list[int]] = [[] for _ in prompts]
-    for index, row in enumerate(rows.rows):
-        if row.completion is not None:
-            targets[index] = completion_ids(tokenizer, row.completion)
     work = Decoding(ctx, section, tokenizer, rows, prompts)
+    for index, (row, prompt) in enumerate(zip(rows.rows, prompts, strict=True)):
+        if row.completion is not None:
+            opened = opens_thinking(tokenizer, prompt)
+            targets[index] = completion_ids(tokenizer, row.completion, opened=opened)
     for index, ids in _decoded(work, draft):
         targets[index] = ids
     empty = [row.place for row, ids in zip(rows.rows, targets, strict=True) if not ids]
@@ -109,7 +129,7 @@ def _decoded(work: Decoding, draft: Draft) -> Iterator[tuple[int, list[int]]]:
 
 def _unended(work: Decoding, targets: list[list[int]]) -> list[str]:
     """The places whose target was decoded and ended for lack of room; the user hears of them."""
-    decoded, ends = waiting(work.rows), end_tokens(work)
+    decoded, ends = waiting(work.rows), ends_of(work.ctx, work.tokenizer)
     places = [work.rows.rows[i].place for i in decoded if targets[i][-1] not in ends]
     if places:
         work.ctx.notice(

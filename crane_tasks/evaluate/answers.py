@@ -14,15 +14,18 @@ def share(hits: Iterable[bool]) -> float:
     return sum(outcomes) / max(1, len(outcomes))
 
 
-def without_end(tokenizer: Any, ids: Sequence[int]) -> list[int]:
-    """The answer without its end-of-sequence token."""
-    return list(ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids)
+def answer_text(tokenizer: Any, ids: Sequence[int], *, opened: bool = False) -> str:
+    """The text of an answer without its end token, markers included.
 
-
-def answer_text(tokenizer: Any, ids: Sequence[int]) -> str:
-    """The answer's text, markers included, without its end-of-sequence token."""
-    text: str = tokenizer.decode(without_end(tokenizer, ids), skip_special_tokens=False)
-    return text
+    Args:
+        opened: the prompt has begun a thinking block. Then the answer is what stands behind its
+            end: the thinking is the template's protocol, not an addition to it.
+    """
+    text: str = tokenizer.decode(ids, skip_special_tokens=False)
+    if not opened:
+        return text
+    thought, closing, answer = text.partition("</think>")
+    return answer if closing else f"<think>{thought}"
 
 
 def final_answer(text: str) -> str:

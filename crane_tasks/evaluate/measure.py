@@ -25,6 +25,7 @@ from crane_tasks.models.files.tokenizer import load_tokenizer
 from crane_tasks.models.walk.losses import item_losses
 from crane_tasks.models.walk.stream import LayerStream
 from crane_tasks.recipe import Recipe
+from crane_tasks.rendering import own_ends
 from crane_tasks.session import Context
 from crane_tasks.stage import TOKENIZER, Keys, Stage
 
@@ -172,6 +173,7 @@ def _write_answers(
                     max_new_tokens=settings.max_new_tokens,
                     pad=tokenizer.pad_token_id,
                     eos=tokenizer.eos_token_id,
+                    also=own_ends(tokenizer),
                 )
                 ctx.progress(NAME, len(answers), len(prompts), f"{name} answers")
             with draft.unit(f"answers.{name}") as unit:

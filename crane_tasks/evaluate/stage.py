@@ -12,8 +12,9 @@ from artifacts.ref import digest_of
 from artifacts.schema import Schema
 from artifacts.store import Artifact, Built, Draft
 from crane_tasks.apply.stage import APPLY
-from crane_tasks.calibration.sets import read_set
-from crane_tasks.evaluate.answers import answer_text, without_end
+from crane_tasks.calibration.sets import TokenSet, read_set
+from crane_tasks.ends import ends_of, without_end
+from crane_tasks.evaluate.answers import answer_text
 from crane_tasks.evaluate.measure import (
     FIELDS,
     HELDOUT,
@@ -32,6 +33,7 @@ from crane_tasks.evaluate.metrics import METRICS, Answers, Measured, metrics_of,
 from crane_tasks.evaluate.models import Model, base_and_donor, written_merge
 from crane_tasks.identity import behaviour_identity
 from crane_tasks.models.files.tokenizer import load_tokenizer
+from crane_tasks.rendering import opens_thinking
 from crane_tasks.session import Context
 from crane_tasks.sizes import sizes_of
 from crane_tasks.stage import BASE, DONOR, TOKENIZER, Keys, Needs, Stage
@@ -70,6 +72,12 @@ def build_heldout(ctx: Context, keys: Keys) -> None:
             stage.build(ctx, keys)
 
 
+def _config(ctx: Context) -> dict[str, Any]:
+    config = {**measure_config(ctx), "metrics": table_identity()}
+    # What ends an answer is either side's word.
+    return config | ({"stops": ctx.stops} if ctx.recipe.evaluate.generate else {})
+
+
 def _needs(ctx: Context, keys: Keys) -> Needs:
     sizes = sizes_of(ctx)
     walk = sizes.one_layer + sizes.ends
@@ -82,11 +90,11 @@ def _needs(ctx: Context, keys: Keys) -> Needs:
 
 EVALUATE = Stage(
     name=NAME,
-    version=2,
+    version=3,
     schema=Schema(arrays={"metrics": ("float64",)}),
     inputs={"apply": APPLY, "base": BASE, "donor": DONOR, "tokenizer": TOKENIZER, **SETS},
     fields=FIELDS,
-    config=lambda ctx: {**measure_config(ctx), "metrics": table_identity()},
+    config=_config,
     without=unmeasured,
     write=write_evaluate,
     needs=_needs,
@@ -102,14 +110,13 @@ def compare(ctx: Context, keys: Keys, models: Mapping[str, Model]) -> dict[str, 
         ctx.progress(NAME, number + 1, len(models), "models")
     divergences = _divergences(ctx, models, opened)
     recipe, sets = ctx.recipe, measured_sets(ctx, keys)
-    targets = {n: read_set(ctx.store.open(r)).targets() for n, r in heldout_sets(ctx, keys).items()}
-    tokenizer = load_tokenizer(ctx.base)
+    heldout = {n: read_set(ctx.store.open(r)) for n, r in heldout_sets(ctx, keys).items()}
     known = {
         name: Measured(
-            {n: mean_loss(artifact, n) for n in targets},
+            {n: mean_loss(artifact, n) for n in heldout},
             {
-                n: _answers(tokenizer, read_answers(artifact, n), wanted)
-                for n, wanted in targets.items()
+                n: _answers(ctx, read_answers(artifact, n), wanted)
+                for n, wanted in heldout.items()
                 if recipe.evaluate.generate
             },
             divergences[name],
@@ -119,7 +126,7 @@ def compare(ctx: Context, keys: Keys, models: Mapping[str, Model]) -> dict[str, 
     return {
         "models": {name: metrics_of(one, recipe) for name, one in known.items()},
         "losses": {name: {s: mean_loss(a, s) for s in sets} for name, a in opened.items()},
-        "rows": {name: len(wanted) for name, wanted in targets.items()},
+        "rows": {name: len(wanted.sequences) for name, wanted in heldout.items()},
         "generated": recipe.evaluate.generate,
     }
 
@@ -141,12 +148,18 @@ def _measure(ctx: Context, keys: Keys, model: Model) -> None:
     measured(ctx, keys, model)
 
 
-def _answers(tokenizer: Any, answers: list[list[int]], targets: list[list[int]]) -> Answers:
-    return Answers(
-        [answer_text(tokenizer, ids) for ids in answers],
-        [answer_text(tokenizer, ids) for ids in targets[: len(answers)]],
-        [len(without_end(tokenizer, ids)) for ids in answers],
-    )
+def _answers(ctx: Context, answers: list[list[int]], wanted: TokenSet) -> Answers:
+    tokenizer = load_tokenizer(ctx.base)
+    ends = ends_of(ctx, tokenizer)
+    plain = [without_end(ids, ends) for ids in answers]
+    targets = [without_end(ids, ends) for ids in wanted.targets()[: len(answers)]]
+    opened = [opens_thinking(tokenizer, ids) for ids in wanted.prompts()]
+
+    def texts(sides: list[list[int]]) -> list[str]:
+        pairs = zip(sides, opened, strict=False)
+        return [answer_text(tokenizer, ids, opened=within) for ids, within in pairs]
+
+    return Answers(texts(plain), texts(targets), [len(ids) for ids in plain])
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 """Greedy decoding with transformers, the whole model resident."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,20 +35,27 @@ def load_resident(folder: Path, device: torch.device, compute: torch.dtype) -> A
 
 @torch.inference_mode()
 def decode_greedily(
-    model: Any, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, pad: int | None, eos: int
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    pad: int | None,
+    eos: int | None,
+    also: Collection[int] = (),
 ) -> list[list[int]]:
-    """The greedy continuation of each prompt, EOS included where one was reached.
+    """The greedy continuation of each prompt, its end token included where one was reached.
 
     One batch, padded on the left. Sampling settings of the checkpoint (temperature,
-    repetition penalty) are set aside; its end-of-sequence tokens are kept.
+    repetition penalty) are set aside; its end-of-sequence tokens are kept, `eos` takes their
+    place where it names none, and `also` are others besides.
     """
     from transformers import GenerationConfig
 
     stop = model.generation_config.eos_token_id
     if stop is None or stop == []:  # not `or`: 0 is a token, too
         stop = eos
-    stops = set(stop if isinstance(stop, list) else [stop])
-    pad = eos if pad is None else pad
+    stops = {i for i in (*(stop if isinstance(stop, list) else [stop]), *also) if i is not None}
+    pad = next(i for i in (pad, eos, *sorted(stops), 0) if i is not None)  # masked, whatever it is
     width = max(len(p) for p in prompts)
     ids = torch.full((len(prompts), width), pad)
     mask = torch.zeros_like(ids)
