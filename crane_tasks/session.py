@@ -23,6 +23,7 @@ from crane_tasks.models.check import check_pair
 from crane_tasks.models.files.folder import side_files
 from crane_tasks.models.files.memory import free_memory
 from crane_tasks.models.files.pair import Pair
+from crane_tasks.models.files.vocabularies import Unlike, unlike_tokens
 from crane_tasks.models.walk.pace import WalkStep
 from crane_tasks.places import output_folder
 from crane_tasks.recipe import Recipe, data_sources
@@ -166,6 +167,11 @@ class Context:
         """Both checkpoints' headers, read once per process."""
         key = (self.base, self.donor, self.base_id, self.donor_id)
         return self.session.kept.one("pair", key, lambda: Pair.open(self.base, self.donor))
+
+    def unlike(self) -> Unlike:
+        """The tokens that only one side's tokenizer has, found once per process."""
+        key = (self.base, self.donor, self.tokenizer_id)
+        return self.session.kept.one("unlike", key, lambda: unlike_tokens(self.base, self.donor))
 
     def show_step(self, stage: str, step: WalkStep) -> None:
         """A walk's step as two bars: the walk, and the items within a layer."""

@@ -35,7 +35,7 @@ ROWS = {
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What a card is made from."""
+    """What a card is made from; `unlike` says which tokens base and donor do not share."""
 
     recipe: Recipe
     edit: Edit
@@ -45,6 +45,7 @@ class CardFacts:
     config: Mapping[str, Any]
     parameters: int
     transformers: str
+    unlike: str = ""
 
 
 def _front_matter(facts: CardFacts) -> str:
@@ -104,7 +105,7 @@ The full recipe is in `crane_recipe.yaml`, digests of all inputs are in `crane.j
 | Parameters | {parameters:,} |
 
 Tensor names, dtypes, config and tokenizer are those of the base. Written with transformers
-{transformers}.
+{transformers}.{unlike}
 
 ## Usage
 
@@ -147,5 +148,6 @@ def model_card(facts: CardFacts) -> str:
         table="\n".join(f"| {title} | {value} |" for title, value in rows.items()),
         parameters=facts.parameters,
         transformers=facts.transformers,
+        unlike=f"\n\n{facts.unlike}" if facts.unlike else "",
         citation=CITATION,
     )

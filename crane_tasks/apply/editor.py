@@ -155,6 +155,7 @@ def make_editor(ctx: Context, keys: Keys) -> Editor:
             base.pieces[slot.name][0].shape[0],
             tokenizer,
             f"merge.{slot.component}",
+            ctx.unlike(),
         )
         for slot in base.slots.values()
         if slot.component in PLAIN

@@ -12,6 +12,7 @@ import yaml
 from artifacts.store import write_atomically
 from crane_tasks.apply.card import CardFacts, model_card
 from crane_tasks.apply.output import PROVENANCE, RECIPE_COPY, Shard, copy_side_files, write_index
+from crane_tasks.apply.rows import unlike_words
 from crane_tasks.edit import edit_of
 from crane_tasks.identity import published_name
 from crane_tasks.models.files.folder import CARD
@@ -73,4 +74,5 @@ def _facts(ctx: Context) -> CardFacts:
         config=base.config,
         parameters=sum(torch.Size(e.shape).numel() for e in base.entries.values()),
         transformers=metadata.version("transformers"),
+        unlike=unlike_words(ctx.unlike()),
     )

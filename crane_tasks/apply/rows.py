@@ -7,19 +7,25 @@ from torch import Tensor
 
 from crane_tasks.errors import RecipeError
 from crane_tasks.models.files.tokenizer import added_ids, load_tokenizer
+from crane_tasks.models.files.vocabularies import Unlike
 from crane_tasks.recipe import TokenRows
 from crane_tasks.session import Context
 from crane_tasks.sizes import PLAIN
 
+SAME = Unlike({}, {})
 
-def row_factors(rows: TokenRows, count: int, tokenizer: Any, where: str) -> Tensor:
+
+def row_factors(
+    rows: TokenRows, count: int, tokenizer: Any, where: str, unlike: Unlike = SAME
+) -> Tensor:
     """The fraction of the delta that each of `count` rows moves by: float32 [count].
 
     `scale` everywhere, also beyond the tokenizer (the vocabulary's padding); 0 at added tokens,
-    special or not, if they are kept; and the rows named by token on top of both.
+    special or not, if they are kept; and the rows named by token on top of both. A row that is
+    another token in the donor stays the base's.
 
     Raises:
-        RecipeError: `rows` names a token that is not in the vocabulary.
+        RecipeError: `rows` names a token that is not in the vocabulary, or not the donor's.
     """
     factors = torch.full((count,), float(rows.scale))
     vocabulary = tokenizer.get_vocab()
@@ -31,6 +37,13 @@ def row_factors(rows: TokenRows, count: int, tokenizer: Any, where: str) -> Tens
             f"{where}.rows: no single token in the base's vocabulary: "
             f"{', '.join(map(repr, unknown))}"
         )
+    foreign = [token for token in rows.rows if vocabulary[token] in unlike.ids]
+    if foreign:
+        raise RecipeError(
+            f"{where}.rows: the donor's tokenizer has no such token, so its row is another's: "
+            f"{', '.join(map(repr, foreign))}. Leave it out."
+        )
+    factors[sorted(i for i in unlike.ids if i < count)] = 0.0
     for token, fraction in rows.rows.items():
         factors[vocabulary[token]] = fraction
     return factors
@@ -44,4 +57,17 @@ def check_rows(ctx: Context) -> None:
     """
     tokenizer = load_tokenizer(ctx.base)
     for name in PLAIN:
-        row_factors(getattr(ctx.recipe.merge, name), len(tokenizer), tokenizer, f"merge.{name}")
+        rows, where = getattr(ctx.recipe.merge, name), f"merge.{name}"
+        row_factors(rows, len(tokenizer), tokenizer, where, ctx.unlike())
+    if ctx.unlike():
+        ctx.notice(unlike_words(ctx.unlike()))
+
+
+def unlike_words(unlike: Unlike) -> str:
+    """What a person should know of tokens that differ; empty where none do."""
+    if not unlike:
+        return ""
+    return (
+        f"Tokens that base and donor do not share ({unlike}): their rows of embedding and lm_head "
+        "are the base's."
+    )

@@ -31,7 +31,7 @@ from crane_tasks.parallel import spread_units
 from crane_tasks.recipe import Merge, field_of
 from crane_tasks.session import Context
 from crane_tasks.sizes import sizes_of
-from crane_tasks.stage import BASE, SIDE_FILES, TOKENIZER, Keys, Needs, Stage
+from crane_tasks.stage import BASE, SIDE_FILES, TOKENIZER, Keys, Needs, Source, Stage
 
 COLUMNS = [f.name for f in fields(EditSums)]
 
@@ -80,6 +80,11 @@ def _check(ctx: Context, keys: Keys) -> None:
         slot_scales(ctx.recipe.merge.scales, ctx.pair().base.slots.values())
         for part in edit_of(ctx.recipe).parts:
             part.check(ctx, keys)
+
+
+def unlike_identity(ctx: Context) -> str | None:
+    """A digest of the tokens that differ, or None: the donor's tokenizer matters no further."""
+    return digest_of(sorted(ctx.unlike().ids)) if ctx.unlike() else None
 
 
 def write_apply(ctx: Context, keys: Keys, draft: Draft) -> None:
@@ -209,6 +214,7 @@ APPLY = Stage(
         "base": BASE,
         "tokenizer": TOKENIZER,
         "side_files": SIDE_FILES,
+        "unlike": Source(unlike_identity, lambda recipe: ("base", "donor")),
         "delta": DELTA,
         **edit_stages(),
     },

@@ -5,11 +5,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from crane_tasks.ends import ends_of
-from crane_tasks.errors import EndpointError
+from crane_tasks.errors import CheckpointError, EndpointError
 from crane_tasks.models.decoding.greedy import decode_greedily, load_resident
 from crane_tasks.models.decoding.server import Answer, asked
+from crane_tasks.models.files.tokenizer import load_tokenizer
+from crane_tasks.models.files.wording import listed
 from crane_tasks.recipe import TargetSet
-from crane_tasks.rendering import own_ends, turn_end
+from crane_tasks.rendering import CLOSING, OPENING, own_ends, turn_end
 from crane_tasks.rows import RowSet
 from crane_tasks.section import Endpoint
 from crane_tasks.session import Context
@@ -32,6 +34,27 @@ class Decoding:
     tokenizer: Any
     rows: RowSet
     prompts: Sequence[list[int]]
+
+
+def check_donor_reads(ctx: Context, prompts: Sequence[Sequence[int]]) -> None:
+    """The donor knows the markers of the base's prompts and answers, and the base those of its own.
+
+    Raises:
+        CheckpointError: one that decoding would need is only in one side's vocabulary.
+    """
+    unlike, base = ctx.unlike(), load_tokenizer(ctx.base)
+    if not unlike:
+        return
+    written = {i for prompt in prompts for i in prompt} | own_ends(base)
+    template = str(load_tokenizer(ctx.donor).chat_template or "")
+    needed = [t for t, i in unlike.base.items() if i in written or t in (OPENING, CLOSING)]
+    needed += [t for t in unlike.donor if t in template or t in (OPENING, CLOSING)]
+    if needed:
+        raise CheckpointError(
+            f"{ctx.donor}: cannot decode targets from prompts by the base's tokenizer: only one "
+            f"side has {listed(map(repr, needed))}. Let a server that speaks text decode them "
+            "beforehand and give each row its `completion`."
+        )
 
 
 def decoded_batches(work: Decoding, batches: Sequence[Sequence[int]]) -> Decoded:

@@ -9,6 +9,7 @@ from typing import Any
 
 from artifacts.ref import digest_of
 from artifacts.store import Draft
+from crane_tasks.calibration.decoding import check_donor_reads
 from crane_tasks.calibration.format import format_rows, write_format
 from crane_tasks.calibration.sets import NAME, SCHEMA, VERSION
 from crane_tasks.calibration.targets import check_targets, waiting, write_targets
@@ -82,7 +83,9 @@ def _target_stage(role: str, which: _Set) -> Stage:
         if ctx.store.has(keys.refs[role]):
             return
         section, rows = which.section(ctx.recipe), which.rows(ctx)
-        check_targets(load_tokenizer(ctx.base), section, rows, ctx.notice)
+        prompts = check_targets(load_tokenizer(ctx.base), section, rows, ctx.notice)
+        if section.targets == "donor" and waiting(rows):
+            check_donor_reads(ctx, prompts)
         if isinstance(section.targets, Endpoint) and waiting(rows):
             check_server(section.targets)
 

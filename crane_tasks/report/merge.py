@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from artifacts.store import Artifact
+from crane_tasks.apply.rows import unlike_words
 from crane_tasks.calibration.sets import TokenSet
 from crane_tasks.edit import edit_of
 from crane_tasks.models.files.tokenizer import load_tokenizer
@@ -77,6 +78,7 @@ def markdown(report: MergeReport, pictures: dict[str, str]) -> str:
         "Norm relative to the base's weights; how much of it is left after rounding.",
         table(*edit_table(report.edit, report.scores)),
         _carried_note(report.carried),
+        unlike_words(report.ctx.unlike()),
         "## Stages",
         table(["stage", "status", "seconds", "key"], stages),
         "## Recipe",

@@ -53,9 +53,9 @@ class Desk:
         """A context over a fresh store, with one agent row."""
         (self.pair.base / "chat_template.jinja").write_text(template)
         (self.pair.folder / "agent.jsonl").write_text(json.dumps(agent) + "\n")
-        session = asked(self.pair, self.folder / "store", *assignments)
+        heard = self.notices.append
+        session = asked(self.pair, self.folder / "store", *assignments, notice=heard)
         session.store.prepare()
-        object.__setattr__(session, "notice", self.notices.append)
         return open_context(session)
 
     def made(self, template: str, agent: dict[str, Any], *assignments: str) -> tuple[str, TokenSet]:

@@ -1,19 +1,12 @@
 """A checkpoint's tokenizer."""
 
 import json
-from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from crane_tasks.errors import CheckpointError
 from crane_tasks.models.files.folder import TOKENIZER_FILES
-
-
-def special_tokens(tokenizer: Any) -> set[str]:
-    """Every token that the tokenizer marks as special."""
-    added: Mapping[int, Any] = tokenizer.added_tokens_decoder
-    return set(tokenizer.all_special_tokens) | {str(t) for t in added.values() if t.special}
 
 
 def added_ids(tokenizer: Any) -> set[int]:
