@@ -20,6 +20,7 @@ from crane_tasks.identity import (
 )
 from crane_tasks.kept import Kept
 from crane_tasks.models.check import check_pair
+from crane_tasks.models.files.configs import UnlikeConfigs, unlike_configs
 from crane_tasks.models.files.folder import side_files
 from crane_tasks.models.files.memory import free_memory
 from crane_tasks.models.files.pair import Pair
@@ -167,6 +168,12 @@ class Context:
         key = (self.base, self.donor, self.base_id, self.donor_id)
         return self.session.kept.one("pair", key, lambda: Pair.open(self.base, self.donor))
 
+    def unlike_configs(self) -> UnlikeConfigs:
+        """Where the two configs differ, found once per process."""
+        key = (self.base, self.donor, self.base_id, self.donor_id)
+        found = self.session.kept
+        return found.one("configs", key, lambda: unlike_configs(self.base, self.donor))
+
     def show_step(self, stage: str, step: WalkStep) -> None:
         """A walk's step as two bars: the walk, and the items within a layer."""
         self.progress(stage, step.done, step.total, str(step))
@@ -215,7 +222,7 @@ def open_context(session: Session) -> Context:
     pair = Pair.open(base, donor)
     memo = DigestMemo(store.root)
     if not all(memo.known(file) for side in (pair.base, pair.donor) for file in side.files):
-        check_pair(pair)
+        check_pair(pair, recipe.pair.allow)
     progress("identify", 0, 2, "checkpoints")
     base_id = checkpoint_identity(base, memo)
     progress("identify", 1, 2, "checkpoints")

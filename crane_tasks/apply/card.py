@@ -1,6 +1,6 @@
 """The model card of a merged checkpoint: a pure function of the facts."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,12 +35,13 @@ ROWS = {
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What a card is made from."""
+    """What a card is made from; `notes` say in what the pair is none of twins."""
 
     recipe: Recipe
     edit: Edit
     base: str
     donor: str
+    notes: Sequence[str]
     base_folder: Path
     config: Mapping[str, Any]
     parameters: int
@@ -95,7 +96,7 @@ weights, without training.
 ```
 
 The full recipe is in `crane_recipe.yaml`, digests of all inputs are in `crane.json`.
-
+{notes}
 ## Architecture
 
 | | |
@@ -143,6 +144,7 @@ def model_card(facts: CardFacts) -> str:
         cite=edit.cite,
         formula=edit.formula,
         told=_told(recipe, edit),
+        notes="".join(f"\n- {note}" for note in facts.notes) + "\n" if facts.notes else "",
         recipe=yaml.safe_dump(shown, sort_keys=False).rstrip(),
         table="\n".join(f"| {title} | {value} |" for title, value in rows.items()),
         parameters=facts.parameters,

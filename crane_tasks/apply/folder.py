@@ -15,6 +15,7 @@ from crane_tasks.apply.output import PROVENANCE, RECIPE_COPY, Shard, copy_side_f
 from crane_tasks.edit import edit_of
 from crane_tasks.identity import published_name
 from crane_tasks.models.files.folder import CARD
+from crane_tasks.pairing import pair_notes
 from crane_tasks.session import Context
 from crane_tasks.stage import Keys
 
@@ -69,6 +70,7 @@ def _facts(ctx: Context) -> CardFacts:
         edit=edit_of(ctx.recipe),
         base=published_name(ctx.recipe, ctx.recipe.base),
         donor=published_name(ctx.recipe, ctx.recipe.donor),
+        notes=pair_notes(ctx),
         base_folder=ctx.base,
         config=base.config,
         parameters=sum(torch.Size(e.shape).numel() for e in base.entries.values()),

@@ -3,25 +3,13 @@
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 
 from crane_tasks.errors import CheckpointError
 from crane_tasks.models.files.checkpoint import Checkpoint
+from crane_tasks.models.files.configs import CONFIG_ERRORS
 from crane_tasks.models.files.layout import Layout
 from crane_tasks.models.files.wording import listed
-
-# What transformers raises over a config that makes no sense.
-CONFIG_ERRORS = (
-    OSError,
-    ValueError,
-    KeyError,
-    TypeError,
-    AttributeError,
-    ArithmeticError,
-    RuntimeError,
-    StrictDataclassError,
-)
 
 
 def experts_options(layout: Layout, compute: torch.dtype) -> dict[str, str]:
