@@ -15,7 +15,7 @@ from artifacts.schema import Schema
 from artifacts.store import Artifact, Draft, Unit
 from artifacts.tensors import ArrayWriter
 from crane_tasks.errors import CheckpointError
-from crane_tasks.models.check import check_pair
+from crane_tasks.models.check import check_pair, refuse_equal
 from crane_tasks.models.files.layout import Slot, unit_name
 from crane_tasks.models.files.pair import Pair
 from crane_tasks.models.files.safetensors_io import byte_view
@@ -55,6 +55,23 @@ def _check(ctx: Context, keys: Keys) -> None:
         ctx.notice(note)
 
 
+def frozen_layers(ctx: Context, keys: Keys) -> set[int]:
+    """The decoder layers in which donor and base are equal."""
+    delta, groups = ctx.store.open(keys[DELTA]), ctx.pair().base.layers()
+    return {layer for layer, slots in groups if layer is not None and _frozen(delta, slots)}
+
+
+def _frozen(delta: Artifact, slots: Iterable[Slot]) -> bool:
+    return all(row["delta2"] == 0 for slot in slots for row in read_statistics(delta, slot))
+
+
+def _confirm(ctx: Context, keys: Keys) -> None:
+    """There is a delta: else all the rest would be made for nothing."""
+    delta = ctx.store.open(keys[DELTA])
+    if all(_frozen(delta, slots) for _, slots in ctx.pair().base.layers()):
+        refuse_equal(ctx.base, ctx.donor)
+
+
 def _needs(ctx: Context, keys: Keys) -> Needs:
     sizes = sizes_of(ctx)
     return Needs(store=sizes.total, memory=sizes.buffer, seconds=3 * sizes.reading)
@@ -69,6 +86,7 @@ DELTA = Stage(
     ),
     inputs={"base": BASE, "donor": DONOR},
     check=_check,
+    confirm=_confirm,
     write=write_delta,
     needs=_needs,
 )

@@ -19,7 +19,7 @@ from crane_tasks.identity import (
     tokenizer_identity,
 )
 from crane_tasks.kept import Kept
-from crane_tasks.models.check import check_pair
+from crane_tasks.models.check import check_pair, refuse_equal
 from crane_tasks.models.files.configs import UnlikeConfigs, unlike_configs
 from crane_tasks.models.files.folder import side_files
 from crane_tasks.models.files.memory import free_memory
@@ -228,6 +228,8 @@ def open_context(session: Session) -> Context:
     progress("identify", 1, 2, "checkpoints")
     donor_id = checkpoint_identity(donor, memo)
     progress("identify", 2, 2, "checkpoints")
+    if base_id == donor_id:
+        refuse_equal(base, donor)
     compute = recipe.gate.compute
     if compute == "auto":
         compute = "float32" if device == "cpu" else "bfloat16"

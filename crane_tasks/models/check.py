@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NoReturn
 
 from crane_tasks.errors import CheckpointError
 from crane_tasks.models.files.checkpoint import Checkpoint
@@ -26,6 +27,18 @@ def check_pair(pair: Pair, allow: Iterable[str]) -> None:
     check_tokenizers(base, donor)
     check_vocabulary(pair.base, base)
     check_parameters(pair.base)
+
+
+def refuse_equal(base: Path, donor: Path) -> NoReturn:
+    """Say that there is nothing to merge.
+
+    Raises:
+        CheckpointError: always.
+    """
+    raise CheckpointError(
+        f"the donor {donor} has the weights of the base {base}: there is nothing to merge. Name "
+        "another donor."
+    )
 
 
 def check_tokenizers(base: Path, donor: Path) -> None:

@@ -6,10 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import TinyPair, load_tensors
-from tiny_merge import merged, same_bits, staged
+import torch
+from conftest import TinyPair, load_tensors, save_tensors
+from tiny_merge import asked, merged, same_bits, staged
 
-from crane_tasks.errors import CheckpointError, RecipeError
+from crane_tasks.errors import CheckpointError, RecipeError, ScoreError
+from crane_tasks.scores.stability import Draws
+from crane_tasks.scores.stage import scores_of
+from flows.stability import compute_stability
 
 Pairs = Callable[[str], TinyPair]
 
@@ -62,3 +66,80 @@ def test_keys_that_no_class_knows_change_no_bit(dense: TinyPair, tmp_path: Path)
 def test_a_field_that_does_not_differ_cannot_be_allowed(dense: TinyPair, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"pair\.allow: .*rope_theta; leave it out"):
         staged(dense, tmp_path / "store", tmp_path / "out", "pair.allow=[rope_theta]")
+
+
+# Equal weights
+
+
+def freeze(pair: TinyPair, *parts: str) -> None:
+    """Give the donor the base's tensors wherever a name has one of these in it."""
+    base, donor = load_tensors(pair.base), load_tensors(pair.donor)
+    same = {n: base[n] for n in donor if any(part in n for part in parts)}
+    assert same
+    save_tensors(pair.donor, donor | same, shards=3)
+
+
+def test_a_donor_equal_to_the_base_is_refused_before_anything_is_made(
+    dense: TinyPair, tmp_path: Path
+) -> None:
+    with pytest.raises(CheckpointError, match="there is nothing to merge"):
+        staged(dense, tmp_path / "store", tmp_path / "out", "donor=base")
+    assert not list((tmp_path / "store").glob("*/*/crane.json")) and not (tmp_path / "out").exists()
+
+
+def test_equal_weights_in_other_files_are_refused_before_any_scoring(
+    dense: TinyPair, tmp_path: Path
+) -> None:
+    freeze(dense, "")
+    with pytest.raises(CheckpointError, match=r"has the weights of the base .* Name another donor"):
+        staged(dense, tmp_path / "store", tmp_path / "out")
+    assert (tmp_path / "store" / "delta").exists()
+    assert not any((tmp_path / "store" / name).exists() for name in ("calibration", "scores"))
+
+
+def test_a_frozen_layer_has_no_score_and_no_say(dense: TinyPair, tmp_path: Path) -> None:
+    """S(c) is that of the other layer alone, as it would be without the frozen one."""
+    freeze(dense, "layers.0.")
+    scores = staged(dense, tmp_path / "store", tmp_path / "out")
+    found = scores_of(scores.ctx, scores.keys)
+    assert set(found.per_layer[0].values()) == {0.0}
+    assert found.per_layer[1]["ffn"] == 1.0 and found.baseline == {1: "ffn"}
+    assert found.per_component == pytest.approx(found.per_layer[1])
+    base, merged_ = load_tensors(dense.base), load_tensors(tmp_path / "out")
+    frozen = [n for n in base if "layers.0." in n]
+    assert same_bits({n: base[n] for n in frozen}, {n: merged_[n] for n in frozen})
+    assert any(not torch.equal(base[n], merged_[n]) for n in base if "layers.1." in n)
+
+
+def test_where_all_layers_are_frozen_nothing_is_scored(dense: TinyPair, tmp_path: Path) -> None:
+    """Embeddings alone differ: they move by their own fractions, which no gate rules."""
+    freeze(dense, "layers.", "norm")
+    rows = 'merge.embedding={rows: {"<think>": 0.8}}'
+    result = staged(dense, tmp_path / "store", tmp_path / "out", rows)
+    found = scores_of(result.ctx, result.keys)
+    assert {s for row in found.per_layer.values() for s in row.values()} == {0.0}
+    assert set(found.per_component.values()) == {0.0}
+    base, merged_ = load_tensors(dense.base), load_tensors(tmp_path / "out")
+    changed = {n for n in base if not torch.equal(base[n], merged_[n])}
+    assert changed == {"model.embed_tokens.weight"}
+
+
+def test_a_baseline_that_is_frozen_in_a_layer_that_moves_is_named(
+    dense: TinyPair, tmp_path: Path
+) -> None:
+    freeze(dense, "mlp.")
+    with pytest.raises(
+        ScoreError, match=r"layer 0: .*'ffn'.*same weights there: .*\(attention, norm"
+    ):
+        staged(dense, tmp_path / "store", tmp_path / "out")
+    staged(dense, tmp_path / "store", tmp_path / "out", "gate.baseline=attention")
+
+
+def test_frozen_layers_have_no_part_in_how_steady_scores_are(
+    dense: TinyPair, tmp_path: Path
+) -> None:
+    freeze(dense, "layers.0.")
+    session = asked(dense, tmp_path / "store")
+    found = compute_stability(session, Draws(groups=2, draws=4)).agreement
+    assert set(found.per_layer) == {1} and set(found.scores.per_layer[0].values()) == {0.0}
+    assert found.scores.per_layer[1]["ffn"] == 1.0
