@@ -1,12 +1,13 @@
 """In what a pair is none of twins, and what the merge makes of it: for people, card and report."""
 
+from crane_tasks.models.files.pair import Pair
 from crane_tasks.models.files.wording import listed
 from crane_tasks.session import Context
 
 
 def pair_notes(ctx: Context) -> list[str]:
     """A sentence for each way in which base and donor differ and are merged all the same."""
-    return _config_notes(ctx)
+    return _config_notes(ctx) + _row_notes(ctx.pair()) + _head_notes(ctx.pair())
 
 
 def _config_notes(ctx: Context) -> list[str]:
@@ -23,3 +24,28 @@ def _config_notes(ctx: Context) -> list[str]:
             f"{listed(unlike.ignored)}. The merge has the base's."
         )
     return notes
+
+
+def _row_notes(pair: Pair) -> list[str]:
+    ours, theirs = pair.rows
+    if ours == theirs:
+        return []
+    rest = "the base's others stay as they are" if ours > theirs else "the donor's others are left"
+    return [
+        f"The base's embedding has {ours:,} rows, the donor's {theirs:,}: the first "
+        f"{min(ours, theirs):,} are merged, {rest}."
+    ]
+
+
+def _head_notes(pair: Pair) -> list[str]:
+    if pair.base.tied == pair.donor.tied:
+        return []
+    if pair.base.tied:
+        return [
+            "The base's head is its embedding, the donor has a head of its own: the merge's "
+            "head is its embedding, made with the donor's; the donor's `lm_head.weight` is left."
+        ]
+    return [
+        "The donor's head is its embedding, the base has a head of its own: the donor's embedding "
+        "stands for its head, too."
+    ]

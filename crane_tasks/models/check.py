@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from crane_tasks.errors import CheckpointError
-from crane_tasks.models.files.checkpoint import Checkpoint
+from crane_tasks.models.files.checkpoint import EMBEDDING, Checkpoint
 from crane_tasks.models.files.configs import unlike_configs
 from crane_tasks.models.files.pair import Pair
 from crane_tasks.models.files.tokenizer import load_tokenizer, special_tokens
@@ -26,6 +26,7 @@ def check_pair(pair: Pair, allow: Iterable[str]) -> None:
     unlike_configs(base, donor).refuse(allow)
     check_tokenizers(base, donor)
     check_vocabulary(pair.base, base)
+    check_vocabulary(pair.donor, base)  # it is measured on the base's tokens
     check_parameters(pair.base)
 
 
@@ -62,7 +63,7 @@ def check_tokenizers(base: Path, donor: Path) -> None:
 def check_vocabulary(checkpoint: Checkpoint, tokenizer: Path) -> None:
     """Every token of the tokenizer in a folder has a row in the embedding."""
     largest = max(load_tokenizer(tokenizer).get_vocab().values())
-    rows = checkpoint.pieces["model.embed_tokens.weight"][0].shape[0]
+    rows = checkpoint.pieces[EMBEDDING][0].shape[0]
     if largest >= rows:
         raise CheckpointError(
             f"{checkpoint.folder}: its embedding has {rows} rows, the tokenizer of {tokenizer} "

@@ -11,6 +11,7 @@ from conftest import TinyPair, load_tensors, save_tensors
 from tiny_merge import asked, merged, same_bits, staged
 
 from crane_tasks.errors import CheckpointError, RecipeError, ScoreError
+from crane_tasks.evaluate.stage import EVALUATE, read_comparison
 from crane_tasks.scores.stability import Draws
 from crane_tasks.scores.stage import scores_of
 from flows.stability import compute_stability
@@ -143,3 +144,115 @@ def test_frozen_layers_have_no_part_in_how_steady_scores_are(
     found = compute_stability(session, Draws(groups=2, draws=4)).agreement
     assert set(found.per_layer) == {1} and set(found.scores.per_layer[0].values()) == {0.0}
     assert found.scores.per_layer[1]["ffn"] == 1.0
+
+
+# Rows of the vocabulary, and heads
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def cut_rows(folder: Path, rows: int) -> None:
+    """Leave the first rows of a checkpoint's vocabulary."""
+    tensors = load_tensors(folder)
+    short = {n: tensors[n][:rows].clone() for n in (EMBEDDING, HEAD) if n in tensors}
+    save_tensors(folder, tensors | short, shards=2)
+    change_config(folder, vocab_size=rows)
+
+
+def test_rows_that_the_donor_lacks_stay_the_bases(moe_pair: TinyPair, tmp_path: Path) -> None:
+    """All else is, bit for bit, the merge with a donor that has them."""
+    changes = ("merge.embedding.scale=0.5", "merge.lm_head.scale=0.5")
+    staged(moe_pair, tmp_path / "twins", tmp_path / "whole", *changes)
+    pair = moe_pair.copy(tmp_path / "pair")
+    cut_rows(pair.donor, 300)
+    heard: list[str] = []
+    staged(pair, tmp_path / "store", tmp_path / "out", *changes, notice=heard.append)
+    told = "base's embedding has 320 rows, the donor's 300: the first 300 are merged"
+    assert told in "".join(heard) and told in (tmp_path / "out" / "README.md").read_text()
+    base, found, whole = (
+        load_tensors(folder) for folder in (pair.base, tmp_path / "out", tmp_path / "whole")
+    )
+    for name in (EMBEDDING, HEAD):
+        assert torch.equal(found[name][300:], base[name][300:])
+        assert not torch.equal(whole[name][300:], base[name][300:])
+        for tensors in (found, whole):
+            tensors[name] = tensors[name][:300]
+    assert same_bits(found, whole)
+
+
+def test_models_of_unlike_vocabularies_are_compared_over_what_both_have(
+    moe_pair: TinyPair, tmp_path: Path
+) -> None:
+    """The base's own rows again, and five more in the donor."""
+    pair = moe_pair.copy(tmp_path / "pair")
+    twins = staged(pair, tmp_path / "twins", tmp_path / "whole")
+    donor = load_tensors(pair.donor)
+    wider = {n: torch.cat([donor[n], donor[n][:5] * 0 - 9]) for n in (EMBEDDING, HEAD)}
+    save_tensors(pair.donor, donor | wider)
+    change_config(pair.donor, vocab_size=325)
+    found = staged(pair, tmp_path / "store", tmp_path / "out")
+    ours, theirs = (
+        read_comparison(r.ctx.store.open(r.keys[EVALUATE]))["models"] for r in (found, twins)
+    )
+    kl, wanted = (one["donor"]["format_divergence"] for one in (ours, theirs))
+    assert kl == pytest.approx(wanted, rel=1e-4)  # what float32 sums of other widths leave
+    assert ours["merged"] == theirs["merged"]
+
+
+def test_rows_that_the_base_lacks_are_left_out(moe_pair: TinyPair, tmp_path: Path) -> None:
+    pair = moe_pair.copy(tmp_path / "pair")
+    cut_rows(pair.base, 300)
+    staged(pair, tmp_path / "store", tmp_path / "out", "merge.lm_head.scale=0.5")
+    base, donor, found = map(load_tensors, (pair.base, pair.donor, tmp_path / "out"))
+    assert found[HEAD].shape == (300, 32)
+    wanted = base[HEAD].float() + 0.5 * (donor[HEAD][:300].float() - base[HEAD].float())
+    assert torch.equal(found[HEAD][9:], wanted.bfloat16()[9:])  # the first are added tokens
+
+
+def test_a_donor_with_fewer_rows_than_the_tokenizer_has_tokens_is_refused(
+    moe_pair: TinyPair, tmp_path: Path
+) -> None:
+    pair = moe_pair.copy(tmp_path / "pair")
+    cut_rows(pair.donor, 200)
+    with pytest.raises(CheckpointError, match=r"donor: its embedding has 200 rows, the tokenizer"):
+        staged(pair, tmp_path / "store", tmp_path / "out")
+
+
+def test_a_tied_base_takes_an_untied_donors_embedding_and_leaves_its_head(
+    dense: TinyPair, tmp_path: Path
+) -> None:
+    changes = ("merge.embedding.scale=0.5",)
+    staged(dense, tmp_path / "twins", tmp_path / "whole", *changes)
+    donor = load_tensors(dense.donor)
+    save_tensors(dense.donor, donor | {HEAD: donor[EMBEDDING] * 2})
+    change_config(dense.donor, tie_word_embeddings=False)
+    heard: list[str] = []
+    staged(dense, tmp_path / "store", tmp_path / "out", *changes, notice=heard.append)
+    assert "the donor's `lm_head.weight` is left" in "".join(heard)
+    assert same_bits(load_tensors(tmp_path / "out"), load_tensors(tmp_path / "whole"))
+
+
+def test_an_untied_base_takes_a_tied_donors_embedding_for_its_head(
+    moe_pair: TinyPair, tmp_path: Path
+) -> None:
+    pair = moe_pair.copy(tmp_path / "pair")
+    donor = load_tensors(pair.donor)
+    del donor[HEAD]
+    save_tensors(pair.donor, donor)
+    change_config(pair.donor, tie_word_embeddings=True)
+    heard: list[str] = []
+    staged(pair, tmp_path / "store", tmp_path / "out", notice=heard.append)
+    assert "the donor's embedding stands for its head, too" in "".join(heard)
+    base, found = load_tensors(pair.base), load_tensors(tmp_path / "out")
+    wanted = base[HEAD].float() + 0.03 * (donor[EMBEDDING].float() - base[HEAD].float())
+    assert torch.equal(found[HEAD][9:], wanted.bfloat16()[9:])
+
+
+def test_a_section_for_a_head_that_is_the_embedding_is_refused(
+    dense: TinyPair, tmp_path: Path
+) -> None:
+    """It did nothing, and had everything after it made anew."""
+    for change in ("scale=0.5", 'rows={"<think>": 0.8}', "keep_special=false"):
+        with pytest.raises(RecipeError, match=r"merge\.lm_head: .*Set merge\.embedding"):
+            staged(dense, tmp_path / "store", tmp_path / "out", f"merge.lm_head.{change}")
+    staged(dense, tmp_path / "store", tmp_path / "out", "merge.lm_head.scale=0.03")

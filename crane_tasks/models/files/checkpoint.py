@@ -29,6 +29,8 @@ from crane_tasks.models.files.safetensors_io import (
 )
 from crane_tasks.models.files.wording import listed
 
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -165,8 +167,8 @@ class Checkpoint:
 
         A fused parameter [E, rows, columns] has its slots one below the other in each expert.
         """
-        if name == "lm_head.weight" and self.tied:
-            return ("model.embed_tokens.weight",)
+        if name == HEAD and self.tied:
+            return (EMBEDDING,)
         return self.layout.fused_match(name) or (name,)
 
     def source(self, name: str) -> Source:
@@ -178,8 +180,8 @@ class Checkpoint:
         Raises:
             CheckpointError: no tensor holds it.
         """
-        if name == "lm_head.weight" and self.tied:
-            return self.source("model.embed_tokens.weight")
+        if name == HEAD and self.tied:
+            return self.source(EMBEDDING)
         if name in self.entries:
             entry = self.entries[name]
             span = Span(entry.file, entry.start, entry.nbytes)
@@ -221,7 +223,7 @@ class Checkpoint:
 
     def _adjusted(self, slot: Slot) -> Slot:
         """A stored head that is tied to the embedding must stay equal to it."""
-        if slot.name == "lm_head.weight" and self.tied:
+        if slot.name == HEAD and self.tied:
             return Slot(slot.name, None, "embedding")
         return slot
 

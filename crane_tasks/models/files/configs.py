@@ -48,6 +48,9 @@ FREE_FIELDS = frozenset(
         "is_encoder_decoder",
         "problem_type",
         "max_window_layers",
+        # These say how the weights lie, which is compared itself (`Pair`).
+        "tie_word_embeddings",
+        "vocab_size",
     }
 )
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from crane_tasks.errors import CheckpointError
-from crane_tasks.models.files.checkpoint import Checkpoint
+from crane_tasks.models.files.checkpoint import EMBEDDING, HEAD, Checkpoint
 from crane_tasks.models.files.configs import CONFIG_ERRORS
 from crane_tasks.models.files.layout import Layout
 from crane_tasks.models.files.wording import listed
@@ -86,7 +86,7 @@ def check_parameters(checkpoint: Checkpoint) -> None:
         CheckpointError: with all that are missing, misshapen or unknown to the model.
     """
     problems: list[str] = []
-    known: set[str] = {"lm_head.weight"}  # stored or not, where it is tied
+    known: set[str] = {HEAD}  # stored or not, where it is tied
     model = skeleton(checkpoint, torch.bfloat16)
     parameters = dict(model.named_parameters())
     for name in parameters:
@@ -107,8 +107,8 @@ def _stored_shape(checkpoint: Checkpoint, name: str) -> tuple[int, ...] | None:
         return checkpoint.entries[name].shape
     templates = checkpoint.layout.fused_match(name)
     if templates is None:
-        tied = name == "lm_head.weight" and checkpoint.tied
-        return _stored_shape(checkpoint, "model.embed_tokens.weight") if tied else None
+        tied = name == HEAD and checkpoint.tied
+        return _stored_shape(checkpoint, EMBEDDING) if tied else None
     if any(t not in checkpoint.pieces for t in templates):
         return None
     shapes = [checkpoint.pieces[t][0].shape for t in templates]
