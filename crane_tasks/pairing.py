@@ -7,7 +7,8 @@ from crane_tasks.session import Context
 
 def pair_notes(ctx: Context) -> list[str]:
     """A sentence for each way in which base and donor differ and are merged all the same."""
-    return _config_notes(ctx) + _row_notes(ctx.pair()) + _head_notes(ctx.pair())
+    pair = ctx.pair()
+    return _config_notes(ctx) + _row_notes(pair) + _head_notes(pair) + _packed_notes(pair)
 
 
 def _config_notes(ctx: Context) -> list[str]:
@@ -49,3 +50,13 @@ def _head_notes(pair: Pair) -> list[str]:
         "The donor's head is its embedding, the base has a head of its own: the donor's embedding "
         "stands for its head, too."
     ]
+
+
+def _packed_notes(pair: Pair) -> list[str]:
+    sides = {"base": pair.base.packed, "donor": pair.donor.packed}
+    read = [f"the {name}'s weights are stored in FP8 and read as bfloat16" for name in sides]
+    told = "; ".join(text for text, packed in zip(read, sides.values(), strict=True) if packed)
+    if not told:
+        return []
+    written = ", and so the merge is written" if pair.base.packed else ""
+    return [f"Quantisation: {told}{written}."]

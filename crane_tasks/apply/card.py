@@ -18,6 +18,7 @@ CITATION = """@misc{zhu2026crane,
   archivePrefix = {arXiv},
   url           = {https://arxiv.org/abs/2605.14084},
 }"""
+ALIKE = "Tensor names, dtypes, config and tokenizer"
 ROWS = {
     "model_type": "Architecture",
     "num_hidden_layers": "Layers",
@@ -35,13 +36,19 @@ ROWS = {
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What a card is made from; `notes` say in what the pair is none of twins."""
+    """What a card is made from.
+
+    Attributes:
+        notes: in what the pair is none of twins.
+        packed: whether the base is stored in FP8, and the merge is not.
+    """
 
     recipe: Recipe
     edit: Edit
     base: str
     donor: str
     notes: Sequence[str]
+    packed: bool
     base_folder: Path
     config: Mapping[str, Any]
     parameters: int
@@ -104,7 +111,7 @@ The full recipe is in `crane_recipe.yaml`, digests of all inputs are in `crane.j
 {table}
 | Parameters | {parameters:,} |
 
-Tensor names, dtypes, config and tokenizer are those of the base. Written with transformers
+{alike} are those of the base. Written with transformers
 {transformers}.
 
 ## Usage
@@ -144,6 +151,7 @@ def model_card(facts: CardFacts) -> str:
         cite=edit.cite,
         formula=edit.formula,
         told=_told(recipe, edit),
+        alike="Tensor names and tokenizer" if facts.packed else ALIKE,
         notes="".join(f"\n- {note}" for note in facts.notes) + "\n" if facts.notes else "",
         recipe=yaml.safe_dump(shown, sort_keys=False).rstrip(),
         table="\n".join(f"| {title} | {value} |" for title, value in rows.items()),

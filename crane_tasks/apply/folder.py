@@ -40,7 +40,7 @@ def fill_folder(
         if stale.name not in wanted:
             stale.unlink()
     write_index(base, plan, folder)
-    side_files = copy_side_files(ctx.base, folder)
+    side_files = copy_side_files(base, folder)
     recipe = ctx.recipe.model_dump(mode="json", exclude={"run"})
     (folder / RECIPE_COPY).write_text(yaml.safe_dump(recipe, sort_keys=False))
     (folder / CARD).write_text(model_card(_facts(ctx)))
@@ -71,6 +71,7 @@ def _facts(ctx: Context) -> CardFacts:
         base=published_name(ctx.recipe, ctx.recipe.base),
         donor=published_name(ctx.recipe, ctx.recipe.donor),
         notes=pair_notes(ctx),
+        packed=base.packed,
         base_folder=ctx.base,
         config=base.config,
         parameters=sum(torch.Size(e.shape).numel() for e in base.entries.values()),

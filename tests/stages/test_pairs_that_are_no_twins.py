@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TinyPair, load_tensors, save_tensors
+from conftest import TinyPair, load_tensors, save_tensors, write_fp8
 from tiny_merge import asked, merged, same_bits, staged
 
 from crane_tasks.errors import CheckpointError, RecipeError, ScoreError
@@ -15,6 +15,7 @@ from crane_tasks.evaluate.stage import EVALUATE, read_comparison
 from crane_tasks.scores.stability import Draws
 from crane_tasks.scores.stage import scores_of
 from flows.stability import compute_stability
+from flows.sweep import sweep
 
 Pairs = Callable[[str], TinyPair]
 
@@ -256,3 +257,68 @@ def test_a_section_for_a_head_that_is_the_embedding_is_refused(
         with pytest.raises(RecipeError, match=r"merge\.lm_head: .*Set merge\.embedding"):
             staged(dense, tmp_path / "store", tmp_path / "out", f"merge.lm_head.{change}")
     staged(dense, tmp_path / "store", tmp_path / "out", "merge.lm_head.scale=0.03")
+
+
+# FP8
+
+
+@pytest.mark.parametrize("sides", [("base",), ("donor",), ("base", "donor")])
+@pytest.mark.parametrize("architecture", ["qwen3", "qwen3_moe"])
+def test_an_fp8_side_merges_as_the_bfloat16_that_it_stands_for(
+    architecture: str, sides: tuple[str, ...], pairs: Pairs, tmp_path: Path
+) -> None:
+    plain, packed = (pairs(architecture).copy(tmp_path / name) for name in ("plain", "packed"))
+    for side in sides:
+        meant = write_fp8(packed.folder / side)
+        save_tensors(plain.folder / side, meant, shards=2)
+    for side in {"base", "donor"} - set(sides):
+        save_tensors(plain.folder / side, load_tensors(packed.folder / side), shards=2)
+    wanted = staged(plain, tmp_path / "store", tmp_path / "wanted")
+    heard: list[str] = []
+    found = staged(packed, tmp_path / "store", tmp_path / "out", notice=heard.append)
+    assert same_bits(load_tensors(tmp_path / "out"), load_tensors(tmp_path / "wanted"))
+    metrics = [
+        read_comparison(r.ctx.store.open(r.keys[EVALUATE]))["models"] for r in (found, wanted)
+    ]
+    assert metrics[0] == metrics[1]
+    card = (tmp_path / "out" / "README.md").read_text()
+    for side in sides:
+        assert f"the {side}'s weights are stored in FP8 and read as bfloat16" in "".join(heard)
+        assert f"the {side}'s weights are stored in FP8" in card
+    assert ("and so the merge is written" in card) == ("base" in sides)
+
+
+def test_the_merge_of_an_fp8_base_is_a_plain_bfloat16_checkpoint(
+    moe_pair: TinyPair, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    pair = moe_pair.copy(tmp_path / "pair")
+    meant = write_fp8(pair.base)
+    result = staged(pair, tmp_path / "store", tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    theirs = json.loads((pair.base / "config.json").read_text())
+    assert config == {k: v for k, v in theirs.items() if k != "quantization_config"}
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    found = load_tensors(tmp_path / "out")
+    assert index["weight_map"].keys() == found.keys() == meant.keys()
+    assert {t.dtype for t in found.values()} == {torch.bfloat16}
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in found.values())
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    assert model.dtype == torch.bfloat16
+    again = staged(pair, tmp_path / "store", tmp_path / "out")
+    assert {b.status for b in again.stages} == {"reused"}
+    # A sweep measures what was written.
+    swept = sweep(asked(pair, tmp_path / "sweeps"), [0.5], folder=tmp_path / "grid").points[0]
+    written = read_comparison(result.ctx.store.open(result.keys[EVALUATE]))["models"]["merged"]
+    assert swept.metrics == written
+
+
+def test_what_is_carried_of_an_fp8_base_is_read_as_well(pairs: Pairs, tmp_path: Path) -> None:
+    pair = pairs("qwen3_next").copy(tmp_path / "pair")
+    torch.manual_seed(7)
+    mtp = {"mtp.fc.weight": torch.randn(24, 16).bfloat16()}
+    save_tensors(pair.base, load_tensors(pair.base) | mtp)
+    meant = write_fp8(pair.base)
+    staged(pair, tmp_path / "store", tmp_path / "out")
+    assert torch.equal(load_tensors(tmp_path / "out")["mtp.fc.weight"], meant["mtp.fc.weight"])

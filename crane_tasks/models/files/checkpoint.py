@@ -17,6 +17,7 @@ from torch import Tensor
 from crane_tasks.errors import CheckpointError
 from crane_tasks.models.files.folder import check_index, read_config, weight_files
 from crane_tasks.models.files.layout import Layout, Slot, layout_of
+from crane_tasks.models.files.packed import PackedEntry, block_of, unpacked
 from crane_tasks.models.files.safetensors_io import (
     DTYPES,
     MERGEABLE,
@@ -50,7 +51,7 @@ class Piece:
         """Its bytes in the file."""
         width = math.prod(self.shape[1:]) * self.dtype.itemsize
         count = math.prod(self.shape) * self.dtype.itemsize
-        return Span(self.entry.file, self.entry.start + self.first * width, count)
+        return self.entry.span(self.first * width, count)
 
     def read(self, first: int = 0, last: int | None = None) -> Tensor:
         """The tensor in its stored dtype, or rows [first, last) of it."""
@@ -81,7 +82,7 @@ class Checkpoint:
 
     Attributes:
         files: its safetensors files, in the order of the index.
-        entries: every stored tensor, in file order.
+        entries: every stored tensor, in file order; of FP8 what it stands for (`packed.py`).
         metadata: each file's header metadata.
         slots: canonical slots by name; `pieces` holds one piece per expert for each.
         carried: stored names that are copied from the base.
@@ -118,6 +119,7 @@ class Checkpoint:
             raise CheckpointError(f"{folder}: stored in more than one file: {listed(doubled)}")
         if weight_map is not None:
             check_index(folder, weight_map, entries)
+        entries = unpacked(entries, block_of(config))
         checkpoint = cls(folder, config, layout, files, entries, metadata)
         checkpoint._classify()
         return checkpoint
@@ -125,6 +127,11 @@ class Checkpoint:
     @property
     def num_layers(self) -> int:
         return int(self.config["num_hidden_layers"])
+
+    @property
+    def packed(self) -> bool:
+        """Whether its weights are stored in FP8."""
+        return any(isinstance(entry, PackedEntry) for entry in self.entries.values())
 
     @property
     def tied(self) -> bool:
@@ -184,8 +191,7 @@ class Checkpoint:
             return self.source(EMBEDDING)
         if name in self.entries:
             entry = self.entries[name]
-            span = Span(entry.file, entry.start, entry.nbytes)
-            return Source(DTYPES[entry.dtype], entry.shape, (span,))
+            return Source(DTYPES[entry.dtype], entry.shape, (entry.span(),))
         templates = self.layout.fused_match(name)
         if templates is None:
             raise CheckpointError(f"{self.folder}: no tensor for {name}, which the model has")

@@ -48,7 +48,8 @@ FREE_FIELDS = frozenset(
         "is_encoder_decoder",
         "problem_type",
         "max_window_layers",
-        # These say how the weights lie, which is compared itself (`Pair`).
+        # These say how the weights lie, which is seen to itself (`Pair`, `packed.py`).
+        "quantization_config",
         "tie_word_embeddings",
         "vocab_size",
     }

@@ -39,6 +39,8 @@ def skeleton(checkpoint: Checkpoint, compute: torch.dtype) -> Any:
         config.use_cache = False
         if hasattr(config, "output_router_logits"):
             config.output_router_logits = False  # its loss bypasses the last hidden state
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config  # what is read is not quantised
         with init_empty_weights(include_buffers=False):
             model = build(config, dtype=compute, attn_implementation="sdpa", **options)
         chosen = getattr(config, "num_experts_per_tok", 0) or 0
