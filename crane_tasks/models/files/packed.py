@@ -18,8 +18,10 @@ from crane_tasks.models.files.safetensors_io import DTYPES, Entry, Span, byte_vi
 FP8 = "F8_E4M3"
 SCALE = "_scale_inv"
 SCALE_DTYPES = ("F32", "BF16", "F16")
-AT_ONCE = 2**22  # weights that are multiplied at a time
+AT_ONCE = 2**18  # weights that are multiplied at a time
 WIDTH = torch.bfloat16.itemsize
+# What each byte stands for: to look it up takes a CPU a sixth of the time of torch's conversion.
+VALUES = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
 
 
 def block_of(config: Mapping[str, Any]) -> tuple[int, int] | None:
@@ -64,11 +66,11 @@ class PackedSpan(Span):
 
     def _rows(self, first: int, last: int, scales: Tensor) -> Tensor:
         columns, (height, width) = self.weight.shape[1], self.block
-        raw = torch.empty((last - first, columns), dtype=torch.float8_e4m3fn)
+        raw = torch.empty((last - first) * columns, dtype=torch.uint8)
         read_span(self.weight.span(first * columns, (last - first) * columns), byte_view(raw))
         own = scales[torch.arange(first, last) // height]
-        values = raw.float().mul_(own.repeat_interleave(width, dim=1)[:, :columns])
-        return values.bfloat16()
+        values = VALUES.index_select(0, raw.int()).view(-1, columns)
+        return values.mul_(own.repeat_interleave(width, dim=1)[:, :columns]).bfloat16()
 
 
 @dataclass(frozen=True)
