@@ -1,5 +1,6 @@
 """In what a pair is none of twins, and what the merge makes of it: for people, card and report."""
 
+from crane_tasks.models.files.checkpoint import Checkpoint
 from crane_tasks.models.files.pair import Pair
 from crane_tasks.models.files.wording import listed
 from crane_tasks.session import Context
@@ -8,7 +9,13 @@ from crane_tasks.session import Context
 def pair_notes(ctx: Context) -> list[str]:
     """A sentence for each way in which base and donor differ and are merged all the same."""
     pair = ctx.pair()
-    return _config_notes(ctx) + _row_notes(pair) + _head_notes(pair) + _packed_notes(pair)
+    return [
+        *_config_notes(ctx),
+        *_row_notes(pair),
+        *_head_notes(pair),
+        *_packed_notes(pair),
+        *_wrapper_notes(pair.base),
+    ]
 
 
 def _config_notes(ctx: Context) -> list[str]:
@@ -60,3 +67,12 @@ def _packed_notes(pair: Pair) -> list[str]:
         return []
     written = ", and so the merge is written" if pair.base.packed else ""
     return [f"Quantisation: {told}{written}."]
+
+
+def _wrapper_notes(base: Checkpoint) -> list[str]:
+    if not base.wrapper:
+        return []
+    return [
+        f"The base is multimodal ({base.wrapper}): its language model is merged, and scored by "
+        f"itself; its {len(base.carried)} other tensors are carried over."
+    ]

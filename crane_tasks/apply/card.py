@@ -41,6 +41,7 @@ class CardFacts:
     Attributes:
         notes: in what the pair is none of twins.
         packed: whether the base is stored in FP8, and the merge is not.
+        wrapper: the model type of a multimodal base; empty for a plain one.
     """
 
     recipe: Recipe
@@ -49,6 +50,7 @@ class CardFacts:
     donor: str
     notes: Sequence[str]
     packed: bool
+    wrapper: str
     base_folder: Path
     config: Mapping[str, Any]
     parameters: int
@@ -72,7 +74,7 @@ def _front_matter(facts: CardFacts) -> str:
         "base_model": [facts.base, facts.donor],
         "base_model_relation": "merge",
         "library_name": "transformers",
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": "image-text-to-text" if facts.wrapper else "text-generation",
         "tags": ["merge", "crane", "tool-use", "reasoning"],
     }
     return f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n"
@@ -117,11 +119,11 @@ The full recipe is in `crane_recipe.yaml`, digests of all inputs are in `crane.j
 ## Usage
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {loader}, AutoTokenizer
 
 path = "PATH_OR_ID_OF_THIS_MODEL"
 tokenizer = AutoTokenizer.from_pretrained(path)
-model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", device_map="auto")
+model = {loader}.from_pretrained(path, dtype="auto", device_map="auto")
 messages = [{{"role": "user", "content": "Which files changed since yesterday?"}}]
 inputs = tokenizer.apply_chat_template(
     messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
@@ -140,7 +142,8 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=512)[0]))
 def model_card(facts: CardFacts) -> str:
     """The card: front matter, how it was made, recipe, architecture, usage, citation."""
     recipe, edit = facts.recipe, facts.edit
-    rows = {title: facts.config[key] for key, title in ROWS.items() if facts.config.get(key)}
+    config = {**facts.config, "model_type": facts.wrapper or facts.config.get("model_type")}
+    rows = {title: config[key] for key, title in ROWS.items() if config.get(key)}
     shown = recipe.published() | {"base": facts.base, "donor": facts.donor}
     return CARD.format(
         front=_front_matter(facts),
@@ -151,6 +154,7 @@ def model_card(facts: CardFacts) -> str:
         cite=edit.cite,
         formula=edit.formula,
         told=_told(recipe, edit),
+        loader="AutoModelForImageTextToText" if facts.wrapper else "AutoModelForCausalLM",
         alike="Tensor names and tokenizer" if facts.packed else ALIKE,
         notes="".join(f"\n- {note}" for note in facts.notes) + "\n" if facts.notes else "",
         recipe=yaml.safe_dump(shown, sort_keys=False).rstrip(),

@@ -72,6 +72,7 @@ def _facts(ctx: Context) -> CardFacts:
         donor=published_name(ctx.recipe, ctx.recipe.donor),
         notes=pair_notes(ctx),
         packed=base.packed,
+        wrapper=base.wrapper,
         base_folder=ctx.base,
         config=base.config,
         parameters=sum(torch.Size(e.shape).numel() for e in base.entries.values()),

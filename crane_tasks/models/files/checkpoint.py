@@ -15,20 +15,21 @@ import torch
 from torch import Tensor
 
 from crane_tasks.errors import CheckpointError
-from crane_tasks.models.files.folder import check_index, read_config, weight_files
+from crane_tasks.models.files.folder import read_config
 from crane_tasks.models.files.layout import Layout, Slot, layout_of
-from crane_tasks.models.files.packed import PackedEntry, block_of, unpacked
+from crane_tasks.models.files.packed import PackedEntry
 from crane_tasks.models.files.safetensors_io import (
     DTYPES,
     MERGEABLE,
     Entry,
     Span,
     byte_view,
-    read_header,
     read_rows,
     read_span,
 )
+from crane_tasks.models.files.stored import Stored
 from crane_tasks.models.files.wording import listed
+from crane_tasks.models.files.wrapped import canonical_name, language_values, wrapper_of
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -84,8 +85,11 @@ class Checkpoint:
         files: its safetensors files, in the order of the index.
         entries: every stored tensor, in file order; of FP8 what it stands for (`packed.py`).
         metadata: each file's header metadata.
+        config: its config.json, or that of the language model within a wrapper.
+        wrapper: the model type of a multimodal wrapper (`wrapped.py`); empty without one.
         slots: canonical slots by name; `pieces` holds one piece per expert for each.
         carried: stored names that are copied from the base.
+        named: the entries by canonical names, but for what only the wrapper has.
     """
 
     folder: Path
@@ -94,9 +98,11 @@ class Checkpoint:
     files: list[Path]
     entries: dict[str, Entry]
     metadata: dict[Path, dict[str, str]]
+    wrapper: str = ""
     slots: dict[str, Slot] = field(default_factory=dict)
     pieces: dict[str, list[Piece]] = field(default_factory=dict)
     carried: list[str] = field(default_factory=list)
+    named: dict[str, Entry] = field(default_factory=dict)
 
     @classmethod
     def open(cls, folder: Path) -> "Checkpoint":
@@ -106,21 +112,12 @@ class Checkpoint:
             CheckpointError: anything missing, truncated, unlisted or incomplete.
         """
         config = read_config(folder)
+        stored, wrapper = Stored.read(folder, config), wrapper_of(config)
+        if wrapper:
+            config = language_values(folder, config, stored.entries)
         layout = layout_of(str(config.get("model_type", "")))
-        files, weight_map = weight_files(folder)
-        entries: dict[str, Entry] = {}
-        metadata: dict[Path, dict[str, str]] = {}
-        doubled: list[str] = []
-        for file in files:
-            stored, metadata[file] = read_header(file)
-            doubled += [e.name for e in stored if e.name in entries]
-            entries |= {e.name: e for e in stored}
-        if doubled:
-            raise CheckpointError(f"{folder}: stored in more than one file: {listed(doubled)}")
-        if weight_map is not None:
-            check_index(folder, weight_map, entries)
-        entries = unpacked(entries, block_of(config))
-        checkpoint = cls(folder, config, layout, files, entries, metadata)
+        parts = (stored.files, stored.entries, stored.metadata)
+        checkpoint = cls(folder, config, layout, *parts, wrapper)
         checkpoint._classify()
         return checkpoint
 
@@ -159,11 +156,16 @@ class Checkpoint:
             read_span(piece.span, byte_view(row))
         return out
 
+    def canonical(self, stored: str) -> str | None:
+        """The name that the language model has for a stored tensor; None if it has none."""
+        return canonical_name(stored) if self.wrapper else stored
+
     def stored_parts(self, entry: Entry) -> list[tuple[str, int]]:
         """The (slot, expert) of a stored tensor's bytes, in the order of those bytes."""
-        templates = self.layout.fused_match(entry.name)
+        name = self.canonical(entry.name) or entry.name
+        templates = self.layout.fused_match(name)
         if templates is None:
-            classified = self.layout.classify(entry.name)
+            classified = self.layout.classify(name)
             assert classified is not None, "the checkpoint was classified when it was opened"
             slot, expert = classified
             return [(slot.name, expert)]
@@ -189,8 +191,8 @@ class Checkpoint:
         """
         if name == HEAD and self.tied:
             return self.source(EMBEDDING)
-        if name in self.entries:
-            entry = self.entries[name]
+        if name in self.named:
+            entry = self.named[name]
             return Source(DTYPES[entry.dtype], entry.shape, (entry.span(),))
         templates = self.layout.fused_match(name)
         if templates is None:
@@ -204,10 +206,15 @@ class Checkpoint:
     def _classify(self) -> None:
         by_slot: dict[str, dict[int, Piece]] = defaultdict(dict)
         unlisted: list[str] = []
-        for name, entry in self.entries.items():
+        for stored, entry in self.entries.items():
+            name = self.canonical(stored)
+            if name is None:
+                self.carried.append(stored)
+                continue
+            self.named[name] = entry
             templates = self.layout.fused_match(name)
             if self.layout.is_carried(name, self.config):
-                self.carried.append(name)
+                self.carried.append(stored)
             elif templates is not None:
                 self._add_fused(entry, templates, by_slot)
             elif classified := self.layout.classify(name):

@@ -21,6 +21,9 @@ CONFIG_ERRORS = (
     RuntimeError,
     StrictDataclassError,
 )
+# Text parts without a class of their own that generates: whose they are, weight by weight. Of
+# text alone all three sections of Qwen3-VL's rotary positions are the same.
+TEXT_AS = {"qwen3_vl_text": "qwen3"}
 # Config fields in which an Instruct and a Thinking model may differ: they do not enter the
 # function that the weights compute.
 FREE_FIELDS = frozenset(
@@ -103,7 +106,7 @@ def _names(field: str) -> set[str]:
 
 
 def unlike_configs(base: Path, donor: Path) -> UnlikeConfigs:
-    """Where the configs of two folders differ, read by the class of their model type.
+    """Where the configs of two folders' language models differ, as the model's class reads them.
 
     The class puts its defaults where a key is absent, and knows that `num_local_experts` and
     `num_experts`, or old and new spellings of the rotary parameters, are the same.
@@ -111,7 +114,7 @@ def unlike_configs(base: Path, donor: Path) -> UnlikeConfigs:
     Raises:
         CheckpointError: transformers cannot read one of them.
     """
-    ours, theirs = _read(base), _read(donor)
+    ours, theirs = language_config(base), language_config(donor)
     known = {*_known(ours), *_known(theirs)}
     left, right = _values(ours), _values(theirs)
     names = sorted(n for n in left.keys() | right.keys() if left.get(n) != right.get(n))
@@ -121,11 +124,24 @@ def unlike_configs(base: Path, donor: Path) -> UnlikeConfigs:
     return UnlikeConfigs(real, tuple(ignored))
 
 
-def _read(folder: Path) -> Any:
+def language_config(folder: Path) -> Any:
+    """The config of a folder's language model: of a multimodal checkpoint that of its text part.
+
+    Raises:
+        CheckpointError: transformers cannot read it.
+    """
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(folder)
+        config: Any = AutoConfig.from_pretrained(folder)
+        text = config.get_text_config()
+        if text.model_type not in TEXT_AS:
+            return text
+        values = text.to_dict()
+        del values["model_type"]
+        rotary = values.get("rope_parameters") or {}
+        values["rope_parameters"] = {k: v for k, v in rotary.items() if not k.startswith("mrope_")}
+        return AutoConfig.for_model(TEXT_AS[text.model_type], **values)
     except CONFIG_ERRORS as error:
         raise CheckpointError(f"{folder}: transformers cannot read its config: {error}") from error
 

@@ -59,7 +59,10 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder}: {told}") from error
     except ValueError as error:
         raise CheckpointError(f"{file}: not JSON: {error}") from error
-    if not isinstance(config, dict) or not isinstance(config.get("num_hidden_layers"), int):
+    if not isinstance(config, dict) or not (
+        isinstance(config.get("num_hidden_layers"), int)
+        or isinstance(config.get("text_config"), dict)
+    ):
         raise CheckpointError(f"{file}: not the config of a decoder-only language model")
     if config.get("quantization_config") and block_of(config) is None:
         raise CheckpointError(f"{file}: {quantised_words(config)}")

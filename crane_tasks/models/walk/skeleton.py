@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from crane_tasks.errors import CheckpointError
 from crane_tasks.models.files.checkpoint import EMBEDDING, HEAD, Checkpoint
-from crane_tasks.models.files.configs import CONFIG_ERRORS
+from crane_tasks.models.files.configs import CONFIG_ERRORS, language_config
 from crane_tasks.models.files.layout import Layout
 from crane_tasks.models.files.wording import listed
 
@@ -30,12 +30,14 @@ def skeleton(checkpoint: Checkpoint, compute: torch.dtype) -> Any:
             another shape in the checkpoint.
     """
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     build: Any = AutoModelForCausalLM.from_config  # its decorators hide its types
     options = experts_options(checkpoint.layout, compute)
     try:
-        config = AutoConfig.from_pretrained(checkpoint.folder)
+        config = language_config(checkpoint.folder)
+        if checkpoint.wrapper:
+            config.tie_word_embeddings = checkpoint.tied
         config.use_cache = False
         if hasattr(config, "output_router_logits"):
             config.output_router_logits = False  # its loss bypasses the last hidden state
@@ -105,8 +107,8 @@ def check_parameters(checkpoint: Checkpoint) -> None:
 
 
 def _stored_shape(checkpoint: Checkpoint, name: str) -> tuple[int, ...] | None:
-    if name in checkpoint.entries:
-        return checkpoint.entries[name].shape
+    if name in checkpoint.named:
+        return checkpoint.named[name].shape
     templates = checkpoint.layout.fused_match(name)
     if templates is None:
         tied = name == HEAD and checkpoint.tied
