@@ -15,11 +15,12 @@ from artifacts.schema import Schema
 from artifacts.store import Artifact, Draft, Unit
 from artifacts.tensors import ArrayWriter
 from crane_tasks.errors import CheckpointError
-from crane_tasks.models.check import check_pair
+from crane_tasks.models.check import check_pair, refuse_equal
 from crane_tasks.models.files.layout import Slot, unit_name
 from crane_tasks.models.files.pair import Pair
 from crane_tasks.models.files.safetensors_io import byte_view
 from crane_tasks.models.files.wording import listed
+from crane_tasks.pairing import pair_notes
 from crane_tasks.parallel import in_order, spread_units
 from crane_tasks.session import Context
 from crane_tasks.sizes import sizes_of
@@ -40,11 +41,35 @@ def write_delta(ctx: Context, keys: Keys, draft: Draft) -> None:
         CheckpointError: the pair does not fit, or weights are NaN or Inf: all are named.
     """
     pair = ctx.pair()
-    check_pair(pair)
+    check_pair(pair, ctx.recipe.pair.allow)
     units = {unit_name(layer): (layer,) for layer, _ in pair.base.layers()}
     done = spread_units(ctx, draft, DELTA.name, _write_layer, units)
     for number, _ in enumerate(done, start=1):
         ctx.progress(DELTA.name, number, len(units), "layers")
+
+
+def _check(ctx: Context, keys: Keys) -> None:
+    """The recipe allows the pair as it is; a person hears in what it is none of twins."""
+    ctx.unlike_configs().refuse(ctx.recipe.pair.allow)
+    for note in pair_notes(ctx):
+        ctx.notice(note)
+
+
+def frozen_layers(ctx: Context, keys: Keys) -> set[int]:
+    """The decoder layers in which donor and base are equal."""
+    delta, groups = ctx.store.open(keys[DELTA]), ctx.pair().base.layers()
+    return {layer for layer, slots in groups if layer is not None and _frozen(delta, slots)}
+
+
+def _frozen(delta: Artifact, slots: Iterable[Slot]) -> bool:
+    return all(row["delta2"] == 0 for slot in slots for row in read_statistics(delta, slot))
+
+
+def _confirm(ctx: Context, keys: Keys) -> None:
+    """There is a delta: else all the rest would be made for nothing."""
+    delta = ctx.store.open(keys[DELTA])
+    if all(_frozen(delta, slots) for _, slots in ctx.pair().base.layers()):
+        refuse_equal(ctx.base, ctx.donor)
 
 
 def _needs(ctx: Context, keys: Keys) -> Needs:
@@ -60,6 +85,8 @@ DELTA = Stage(
         meta=("layer",),
     ),
     inputs={"base": BASE, "donor": DONOR},
+    check=_check,
+    confirm=_confirm,
     write=write_delta,
     needs=_needs,
 )

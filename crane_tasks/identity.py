@@ -7,6 +7,7 @@ from artifacts.memo import DigestMemo
 from artifacts.ref import digest_of
 from crane_tasks.errors import CheckpointError
 from crane_tasks.models.files.folder import TOKENIZER_FILES, weight_files
+from crane_tasks.models.files.formats import other_form
 from crane_tasks.recipe import Recipe
 
 GENERATION = "generation_config.json"
@@ -22,7 +23,8 @@ def checkpoint_folder(recipe: Recipe, value: str) -> Path:
     folder = recipe.locate(value)
     if folder is not None:
         if not folder.is_dir():
-            raise CheckpointError(f"{folder}: a checkpoint is a folder, this is a file")
+            told = other_form(folder) or "a checkpoint is a folder, this is a file"
+            raise CheckpointError(f"{folder}: {told}")
         return folder
     repo, _, revision = value.partition("@")
     if repo.count("/") != 1 or repo.startswith((".", "/", "~")):

@@ -56,6 +56,15 @@ ON_LOST = (
 OPTIONS = "given to the chat template, e.g. {enable_thinking: false}; a row's own come first"
 
 
+class PairRules(Section):
+    """In what base and donor need not be alike."""
+
+    allow: tuple[str, ...] = Field(
+        default=(),
+        description="config fields that may differ, e.g. rope_theta: the base's value stands",
+    )
+
+
 class RowsSection(Section):
     """A set of conversations that the chat template writes."""
 
@@ -225,6 +234,7 @@ class Recipe(Section):
     tau: float = Field(
         default=0.03, gt=0, le=1, allow_inf_nan=False, description="σ/σ₁ at which protection is ½"
     )
+    pair: PairRules = Field(default=PairRules())
     calibration: Calibration
     gate: Gate = Field(default=Gate())
     projector: Projector = Field(default=Projector())
@@ -258,6 +268,7 @@ class Recipe(Section):
 KEYLESS = {
     "name": "names folders and reports, decides no number",
     "run": "how and where, never what",
+    "pair.allow": "refuses pairs, changes none",
     "gate.store_gradients": "kept or not, the scores are the same",
     "calibration.reasoning.targets.endpoint": "a server that moves has the same model",
     "calibration.agent.targets.endpoint": "a server that moves has the same model",

@@ -19,7 +19,8 @@ from crane_tasks.identity import (
     tokenizer_identity,
 )
 from crane_tasks.kept import Kept
-from crane_tasks.models.check import check_pair
+from crane_tasks.models.check import check_pair, refuse_equal
+from crane_tasks.models.files.configs import UnlikeConfigs, unlike_configs
 from crane_tasks.models.files.folder import side_files
 from crane_tasks.models.files.memory import free_memory
 from crane_tasks.models.files.pair import Pair
@@ -173,6 +174,12 @@ class Context:
         key = (self.base, self.donor, self.tokenizer_id)
         return self.session.kept.one("unlike", key, lambda: unlike_tokens(self.base, self.donor))
 
+    def unlike_configs(self) -> UnlikeConfigs:
+        """Where the two configs differ, found once per process."""
+        key = (self.base, self.donor, self.base_id, self.donor_id)
+        found = self.session.kept
+        return found.one("configs", key, lambda: unlike_configs(self.base, self.donor))
+
     def show_step(self, stage: str, step: WalkStep) -> None:
         """A walk's step as two bars: the walk, and the items within a layer."""
         self.progress(stage, step.done, step.total, str(step))
@@ -221,12 +228,14 @@ def open_context(session: Session) -> Context:
     pair = Pair.open(base, donor)
     memo = DigestMemo(store.root)
     if not all(memo.known(file) for side in (pair.base, pair.donor) for file in side.files):
-        check_pair(pair)
+        check_pair(pair, recipe.pair.allow)
     progress("identify", 0, 2, "checkpoints")
     base_id = checkpoint_identity(base, memo)
     progress("identify", 1, 2, "checkpoints")
     donor_id = checkpoint_identity(donor, memo)
     progress("identify", 2, 2, "checkpoints")
+    if base_id == donor_id:
+        refuse_equal(base, donor)
     compute = recipe.gate.compute
     if compute == "auto":
         compute = "float32" if device == "cpu" else "bfloat16"

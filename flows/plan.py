@@ -50,7 +50,7 @@ def make_plan(session: Session) -> Plan:
     keys = keys_of(ctx)
     check_destination(ctx, keys)
     check_all(ctx, keys)
-    check_pair(ctx.pair())
+    check_pair(ctx.pair(), ctx.recipe.pair.allow)
     stages = [_planned(ctx, keys, stage) for stage in stages_of(keys)]
     return Plan(session.recipe.name, str(ctx.output), str(session.store.root), stages)
 

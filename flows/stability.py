@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from artifacts.store import Built
+from crane_tasks.delta import frozen_layers
 from crane_tasks.errors import RecipeError
 from crane_tasks.method import Call, build_before, in_this_process, keys_of
 from crane_tasks.scores.agreement import Agreement, agreement, read_unions
@@ -55,7 +56,11 @@ def compute_stability(session: Session, asked: Draws, call: Call = in_this_proce
         built = [*build_before(stage, ctx, keys, call), call(stage, ctx, keys)]
         gate = ctx.recipe.gate
         unions = read_unions(
-            ctx.store.open(keys[stage]), ctx.pair().base.layout, gate.baseline, unify=gate.unify
+            ctx.store.open(keys[stage]),
+            ctx.pair().base.layout,
+            gate.baseline,
+            unify=gate.unify,
+            frozen=frozen_layers(ctx, keys),
         )
         return Steadiness(ctx.recipe.name, asked, built, agreement(unions))
 

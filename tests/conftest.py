@@ -158,6 +158,40 @@ def save_tensors(folder: Path, tensors: dict[str, Tensor], shards: int = 1) -> N
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
+def fp8_blocks(weight: Tensor, block: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """A matrix in float8_e4m3fn and the float32 scale of each of its blocks."""
+    rows, columns = (-(-n // b) for n, b in zip(weight.shape, block, strict=True))
+    packed, scales = torch.empty(weight.shape), torch.ones(rows, columns)
+    for i in range(rows):
+        for j in range(columns):
+            part = (
+                slice(i * block[0], (i + 1) * block[0]),
+                slice(j * block[1], (j + 1) * block[1]),
+            )
+            scales[i, j] = weight[part].float().abs().max().clamp_min(1e-12) / 448
+            packed[part] = weight[part].float() / scales[i, j]
+    return packed.to(torch.float8_e4m3fn), scales
+
+
+def write_fp8(folder: Path, block: tuple[int, int] = (8, 8), shards: int = 2) -> dict[str, Tensor]:
+    """Store a checkpoint's matrices as Qwen does; returns the weights that these stand for."""
+    stored, meant = {}, {}
+    for name, tensor in load_tensors(folder).items():
+        stored[name] = meant[name] = tensor
+        if tensor.dim() == 2 and "embed" not in name and "lm_head" not in name:
+            packed, scales = fp8_blocks(tensor, block)
+            stored[name], stored[f"{name}_scale_inv"] = packed, scales
+            wide = scales.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
+            product = packed.float() * wide[: tensor.shape[0], : tensor.shape[1]]
+            meant[name] = product.bfloat16()
+    save_tensors(folder, stored, shards=shards)
+    file = folder / "config.json"
+    how = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic",
+           "weight_block_size": list(block), "modules_to_not_convert": ["lm_head"]}  # fmt: skip
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": how}))
+    return meant
+
+
 def write_checkpoint(folder: Path, config: Any, seed: int, dtype: torch.dtype) -> dict[str, Tensor]:
     """A random checkpoint in the published form: one tensor per expert; returns its tensors."""
     from transformers import AutoModelForCausalLM

@@ -1,6 +1,6 @@
 """The model card of a merged checkpoint: a pure function of the facts."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ CITATION = """@misc{zhu2026crane,
   archivePrefix = {arXiv},
   url           = {https://arxiv.org/abs/2605.14084},
 }"""
+ALIKE = "Tensor names, dtypes, config and tokenizer"
 ROWS = {
     "model_type": "Architecture",
     "num_hidden_layers": "Layers",
@@ -35,12 +36,22 @@ ROWS = {
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What a card is made from; `unlike` says which tokens base and donor do not share."""
+    """What a card is made from.
+
+    Attributes:
+        unlike: which tokens base and donor do not share; empty for none.
+        notes: in what the pair is none of twins.
+        packed: whether the base is stored in FP8, and the merge is not.
+        wrapper: the model type of a multimodal base; empty for a plain one.
+    """
 
     recipe: Recipe
     edit: Edit
     base: str
     donor: str
+    notes: Sequence[str]
+    packed: bool
+    wrapper: str
     base_folder: Path
     config: Mapping[str, Any]
     parameters: int
@@ -65,7 +76,7 @@ def _front_matter(facts: CardFacts) -> str:
         "base_model": [facts.base, facts.donor],
         "base_model_relation": "merge",
         "library_name": "transformers",
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": "image-text-to-text" if facts.wrapper else "text-generation",
         "tags": ["merge", "crane", "tool-use", "reasoning"],
     }
     return f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n"
@@ -96,7 +107,7 @@ weights, without training.
 ```
 
 The full recipe is in `crane_recipe.yaml`, digests of all inputs are in `crane.json`.
-
+{notes}
 ## Architecture
 
 | | |
@@ -104,17 +115,17 @@ The full recipe is in `crane_recipe.yaml`, digests of all inputs are in `crane.j
 {table}
 | Parameters | {parameters:,} |
 
-Tensor names, dtypes, config and tokenizer are those of the base. Written with transformers
+{alike} are those of the base. Written with transformers
 {transformers}.{unlike}
 
 ## Usage
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {loader}, AutoTokenizer
 
 path = "PATH_OR_ID_OF_THIS_MODEL"
 tokenizer = AutoTokenizer.from_pretrained(path)
-model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", device_map="auto")
+model = {loader}.from_pretrained(path, dtype="auto", device_map="auto")
 messages = [{{"role": "user", "content": "Which files changed since yesterday?"}}]
 inputs = tokenizer.apply_chat_template(
     messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
@@ -133,7 +144,8 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=512)[0]))
 def model_card(facts: CardFacts) -> str:
     """The card: front matter, how it was made, recipe, architecture, usage, citation."""
     recipe, edit = facts.recipe, facts.edit
-    rows = {title: facts.config[key] for key, title in ROWS.items() if facts.config.get(key)}
+    config = {**facts.config, "model_type": facts.wrapper or facts.config.get("model_type")}
+    rows = {title: config[key] for key, title in ROWS.items() if config.get(key)}
     shown = recipe.published() | {"base": facts.base, "donor": facts.donor}
     return CARD.format(
         front=_front_matter(facts),
@@ -144,6 +156,9 @@ def model_card(facts: CardFacts) -> str:
         cite=edit.cite,
         formula=edit.formula,
         told=_told(recipe, edit),
+        loader="AutoModelForImageTextToText" if facts.wrapper else "AutoModelForCausalLM",
+        alike="Tensor names and tokenizer" if facts.packed else ALIKE,
+        notes="".join(f"\n- {note}" for note in facts.notes) + "\n" if facts.notes else "",
         recipe=yaml.safe_dump(shown, sort_keys=False).rstrip(),
         table="\n".join(f"| {title} | {value} |" for title, value in rows.items()),
         parameters=facts.parameters,

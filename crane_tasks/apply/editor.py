@@ -15,7 +15,7 @@ from artifacts.store import Artifact
 from crane_tasks.apply.rows import row_factors
 from crane_tasks.delta import DELTA, decode
 from crane_tasks.edit import OpenEdit, open_edit
-from crane_tasks.models.files.checkpoint import Checkpoint
+from crane_tasks.models.files.checkpoint import EMBEDDING, HEAD, Checkpoint
 from crane_tasks.models.files.layout import Slot
 from crane_tasks.models.files.tokenizer import load_tokenizer
 from crane_tasks.numerics.edit import stacked_edit_sums
@@ -133,10 +133,10 @@ class Editor:
             into.copy_(value)
             return
         # A stored head that is tied to the embedding is rounded as that is.
-        tied = slot.name == "lm_head.weight" and slot.component == "embedding"
+        tied = slot.name == HEAD and slot.component == "embedding"
         offset = first * math.prod(value.shape[2:])
         for expert, rows, place in zip(experts, value, into, strict=True):
-            name = "model.embed_tokens.weight" if tied else slot.tensor_name(expert)
+            name = EMBEDDING if tied else slot.tensor_name(expert)
             place.copy_(round_stochastic(rows, seed=seed_of(merge.seed, name), offset=offset))
 
 

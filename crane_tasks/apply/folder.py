@@ -16,6 +16,7 @@ from crane_tasks.apply.rows import unlike_words
 from crane_tasks.edit import edit_of
 from crane_tasks.identity import published_name
 from crane_tasks.models.files.folder import CARD
+from crane_tasks.pairing import pair_notes
 from crane_tasks.session import Context
 from crane_tasks.stage import Keys
 
@@ -40,7 +41,7 @@ def fill_folder(
         if stale.name not in wanted:
             stale.unlink()
     write_index(base, plan, folder)
-    side_files = copy_side_files(ctx.base, folder)
+    side_files = copy_side_files(base, folder)
     recipe = ctx.recipe.model_dump(mode="json", exclude={"run"})
     (folder / RECIPE_COPY).write_text(yaml.safe_dump(recipe, sort_keys=False))
     (folder / CARD).write_text(model_card(_facts(ctx)))
@@ -70,6 +71,9 @@ def _facts(ctx: Context) -> CardFacts:
         edit=edit_of(ctx.recipe),
         base=published_name(ctx.recipe, ctx.recipe.base),
         donor=published_name(ctx.recipe, ctx.recipe.donor),
+        notes=pair_notes(ctx),
+        packed=base.packed,
+        wrapper=base.wrapper,
         base_folder=ctx.base,
         config=base.config,
         parameters=sum(torch.Size(e.shape).numel() for e in base.entries.values()),

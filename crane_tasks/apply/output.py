@@ -18,6 +18,7 @@ from crane_tasks.models.files.folder import INDEX, SINGLE, side_files
 from crane_tasks.models.files.safetensors_io import Entry
 
 PROVENANCE = "crane.json"
+CONFIG = "config.json"
 RECIPE_COPY = "crane_recipe.yaml"
 
 
@@ -58,25 +59,36 @@ def shard_plan(base: Checkpoint, shard_size: int | None) -> list[Shard]:
 
 def write_index(base: Checkpoint, plan: list[Shard], folder: Path) -> None:
     """The index of the plan: the base's own, byte for byte, where the plan is the base's."""
-    if plan == shard_plan(base, None):
+    if plan == shard_plan(base, None) and not base.packed:
         if (base.folder / INDEX).exists():
             shutil.copyfile(base.folder / INDEX, folder / INDEX)
         return
-    if len(plan) > 1:
+    if len(plan) > 1 or plan[0].file != SINGLE:
         total = sum(e.nbytes for s in plan for e in s.entries)
         weight_map = {e.name: s.file for s in plan for e in s.entries}
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def copy_side_files(base: Path, folder: Path) -> list[str]:
-    """Copy the base's side files, byte for byte; returns their relative names."""
-    names = side_files(base)
+def copy_side_files(base: Checkpoint, folder: Path) -> list[str]:
+    """Copy the base's side files, byte for byte but for `output_config`; returns their names."""
+    names = side_files(base.folder)
     for name in names:
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(base / name, target)
+        shutil.copyfile(base.folder / name, target)
+    (folder / CONFIG).write_bytes(output_config(base))
     return names
+
+
+def output_config(base: Checkpoint) -> bytes:
+    """The base's config.json; of one in FP8 without what says so, as the merge is in bfloat16."""
+    content = (base.folder / CONFIG).read_bytes()
+    if not base.packed:
+        return content
+    config = json.loads(content)
+    del config["quantization_config"]
+    return (json.dumps(config, indent=2) + "\n").encode()
 
 
 def provenance(folder: Path) -> dict[str, Any] | None:

@@ -25,10 +25,11 @@ from crane_tasks.apply.rows import check_rows
 from crane_tasks.apply.windows import parts_of_entry
 from crane_tasks.delta import DELTA, read_statistics
 from crane_tasks.edit import edit_fields, edit_of, edit_stages, not_of_edit, slot_scales
+from crane_tasks.errors import RecipeError
 from crane_tasks.models.files.safetensors_io import ShardWriter
 from crane_tasks.numerics.edit import EditSums
 from crane_tasks.parallel import spread_units
-from crane_tasks.recipe import Merge, field_of
+from crane_tasks.recipe import LmHead, Merge, field_of
 from crane_tasks.session import Context
 from crane_tasks.sizes import sizes_of
 from crane_tasks.stage import BASE, SIDE_FILES, TOKENIZER, Keys, Needs, Source, Stage
@@ -74,7 +75,21 @@ def _plan(ctx: Context) -> list[Shard]:
     return shard_plan(ctx.pair().base, ctx.recipe.run.shard_size)
 
 
+def check_head(ctx: Context) -> None:
+    """A section that would do nothing is refused.
+
+    Raises:
+        RecipeError: `merge.lm_head` is set, and the base's head is its embedding.
+    """
+    if ctx.pair().base.tied and ctx.recipe.merge.lm_head != LmHead():
+        raise RecipeError(
+            "merge.lm_head: the base's head is its embedding (tie_word_embeddings), so it would do "
+            "nothing. Set merge.embedding, which rules both, and leave merge.lm_head out."
+        )
+
+
 def _check(ctx: Context, keys: Keys) -> None:
+    check_head(ctx)
     if not ctx.store.has(keys[APPLY]):
         check_rows(ctx)
         slot_scales(ctx.recipe.merge.scales, ctx.pair().base.slots.values())

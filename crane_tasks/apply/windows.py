@@ -66,7 +66,7 @@ def parts_of(editor: Editor, slot: Slot, expert: int) -> Iterator[Part]:
     for chunk in editor.delta.row_chunks(slot.unit, slot.array_name, index):
         untouched = editor.untouched(slot, chunk.first, chunk.last)
         yield Part(
-            Span(span.file, span.start + chunk.first * row, (chunk.last - chunk.first) * row),
+            span.part(chunk.first * row, (chunk.last - chunk.first) * row),
             slot,
             expert,
             chunk.first,
@@ -81,9 +81,9 @@ def parts_of_entry(editor: Editor, entry: Entry) -> Iterator[Part]:
     """The parts of a stored tensor, in the order of its bytes; carried ones are copied."""
     if entry.name in editor.carried:
         step = COPY_BYTES
-        for start in range(entry.start, entry.end, step):
-            count = min(step, entry.end - start)
-            yield Part(Span(entry.file, start, count), shape=(count,))
+        for start in range(0, entry.nbytes, step):
+            count = min(step, entry.nbytes - start)
+            yield Part(entry.span(start, count), shape=(count,))
         return
     for slot_name, expert in editor.base.stored_parts(entry):
         yield from parts_of(editor, editor.base.slots[slot_name], expert)

@@ -2,6 +2,7 @@
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from crane_tasks.ends import ends_of
@@ -84,7 +85,22 @@ def _by_checkpoint(work: Decoding, batches: Sequence[Sequence[int]]) -> Decoded:
             eos=work.tokenizer.eos_token_id,
             also=own_ends(work.tokenizer),
         )
+        _require_rows(work, folder, targets)
         yield {"targets": targets}
+
+
+def _require_rows(work: Decoding, folder: Path, targets: Sequence[Sequence[int]]) -> None:
+    """A donor may have rows that the base lacks.
+
+    Raises:
+        CheckpointError: it gave a token without a row in the base's embedding.
+    """
+    rows, last = work.ctx.pair().rows[0], max(max(ids, default=0) for ids in targets)
+    if last >= rows:
+        raise CheckpointError(
+            f"{folder}: decoded token {last}, the base's embedding has {rows} rows. Give each row "
+            "its `completion`."
+        )
 
 
 def _by_server(work: Decoding, server: Endpoint, batches: Sequence[Sequence[int]]) -> Decoded:

@@ -5,8 +5,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from blake3 import blake3
+
 from artifacts.memo import DigestMemo, signature
 from artifacts.store import Artifact
+from crane_tasks.apply.output import output_config
 from crane_tasks.errors import CheckpointError
 from crane_tasks.identity import behaviour_identity, behaviour_of, checkpoint_of
 from crane_tasks.models.files.checkpoint import Checkpoint
@@ -100,8 +103,8 @@ def base_and_donor(ctx: Context) -> dict[str, Model]:
 
 def written_merge(ctx: Context, apply: Artifact) -> Model:
     """What `apply` has written, by its own record of the files and not by what lies there."""
-    memo = DigestMemo(ctx.store.root)
     weights = (record["digest"] for record in apply.meta["files"].values())
-    checkpoint = checkpoint_of(weights, memo.digest(ctx.base / "config.json"))
+    config = blake3(output_config(ctx.pair().base)).hexdigest()
+    checkpoint = checkpoint_of(weights, config)
     identity = behaviour_of(checkpoint, ctx.stops["base"])
     return Model(identity, ctx.output, identity)

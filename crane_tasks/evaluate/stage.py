@@ -178,11 +178,19 @@ def _divergences(
     for name, model in models.items():
         others = _log_probabilities(ctx, model, states[name])
         total = 0.0
-        for base, other in zip(reference, others, strict=True):
+        for base, other in map(_over_common, reference, others):
             total += float((base.exp() * (base - other)).sum(dtype=torch.float64))
         # Rounding can leave the KL of equal distributions a hair below zero.
         unknown[name] = max(0.0, total / count)
     return unknown
+
+
+def _over_common(base: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """Both over the rows of the vocabulary that both models have."""
+    rows = min(base.shape[1], other.shape[1])
+    if base.shape == other.shape:
+        return base, other
+    return base[:, :rows].log_softmax(-1), other[:, :rows].log_softmax(-1)
 
 
 def _log_probabilities(ctx: Context, model: Model, states: Tensor) -> list[Tensor]:

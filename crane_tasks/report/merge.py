@@ -12,6 +12,7 @@ from crane_tasks.calibration.sets import TokenSet
 from crane_tasks.edit import edit_of
 from crane_tasks.models.files.tokenizer import load_tokenizer
 from crane_tasks.numerics.edit import EditSums
+from crane_tasks.pairing import pair_notes
 from crane_tasks.report.page import page, table
 from crane_tasks.report.pictures import draw_all
 from crane_tasks.report.tables import (
@@ -74,6 +75,7 @@ def markdown(report: MergeReport, pictures: dict[str, str]) -> str:
         "## The delta",
         "Norms relative to the base's weights; the largest single difference; what T keeps.",
         table(*delta_table(report.ctx.pair().base, report.delta, report.threshold)),
+        *pair_notes(report.ctx),
         "## The edit",
         "Norm relative to the base's weights; how much of it is left after rounding.",
         table(*edit_table(report.edit, report.scores)),

@@ -1,7 +1,7 @@
 """How alike S of complementary halves of the items is, from what `stability` has stored."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -57,9 +57,16 @@ class Agreement:
 
 
 def read_unions(
-    artifact: Artifact, layout: Layout, baseline: str, *, unify: bool = False
+    artifact: Artifact,
+    layout: Layout,
+    baseline: str,
+    *,
+    unify: bool = False,
+    frozen: Collection[int] = (),
 ) -> list[Scores]:
     """S of every union of groups: of all items, then per draw of a half and of the other.
+
+    In `frozen` layers donor and base are equal.
 
     Raises:
         ScoreError: in some union a layer's baseline has no positive gain.
@@ -80,16 +87,17 @@ def read_unions(
             layout,
             baseline,
             unify=unify,
+            frozen=frozen,
         )
         for i in range(count)
     ]
 
 
 def agreement(unions: Sequence[Scores]) -> Agreement:
-    """Of the unions of `read_unions`."""
+    """Of the unions of `read_unions`; layers without any delta have no part in it."""
     whole, drawn = unions[0], unions[1:]
-    places = [(layer, c) for layer, row in whole.per_layer.items() for c in row]
-    components, layers = list(whole.per_component), list(whole.per_layer)
+    places = [(layer, c) for layer in whole.baseline for c in whole.per_layer[layer]]
+    components, layers = list(whole.per_component), list(whole.baseline)
     table = torch.tensor(
         [[one.per_layer[layer][c] for layer, c in places] for one in drawn], dtype=torch.float64
     )

@@ -14,7 +14,10 @@ from crane_tasks.numerics.scores import GainSums, NoGain, normalised, pooled
 
 @dataclass(frozen=True)
 class Scores:
-    """S(c, l) per layer and S(c) over all layers, with the baselines that divided them."""
+    """S(c, l) per layer and S(c) over all layers, with the baselines that divided them.
+
+    A layer without any delta has S = 0, and no baseline.
+    """
 
     per_layer: dict[int, dict[str, float]]
     per_component: dict[str, float]
@@ -65,19 +68,27 @@ def read_scores(
     artifact: Artifact, layout: Layout, baseline: str, *, unify: bool = False
 ) -> Scores:
     """S of an artifact of the scores, as `scores_from`."""
-    return scores_from(layer_sums(artifact), layout, baseline, unify=unify)
+    sums = layer_sums(artifact)
+    frozen = {k for k, parts in sums.items() if not any(s.delta2 for s in parts.values())}
+    return scores_from(sums, layout, baseline, unify=unify, frozen=frozen)
 
 
 def scores_from(
-    sums: Mapping[int | None, Mapping[str, GainSums]], layout: Layout, baseline: str, *, unify: bool
+    sums: Mapping[int | None, Mapping[str, GainSums]],
+    layout: Layout,
+    baseline: str,
+    *,
+    unify: bool,
+    frozen: Collection[int | None] = (),
 ) -> Scores:
     """Aggregate and normalise (docs/method.md, "S").
 
     Baseline "auto" is, layer by layer, the first of the layout's candidates that the layer has:
-    a dense layer of a sparse model is measured by its ffn.
+    a dense layer of a sparse model is measured by its ffn. In `frozen` layers donor and base are
+    equal: they have S = 0, and no part in S(c).
 
     Raises:
-        ScoreError: a layer's baseline has no positive gain.
+        ScoreError: another layer's baseline has no positive gain.
     """
     parts_of = {layer: set(parts) for layer, parts in sums.items()}
     if unify:
@@ -88,23 +99,38 @@ def scores_from(
         return next((c for c in candidates if c in parts), candidates[0])
 
     layers = {layer: sums[layer] for layer in sorted(k for k in sums if k is not None)}
+    moved = {layer: parts for layer, parts in layers.items() if layer not in frozen}
+    per_layer = {layer: dict.fromkeys(parts, 0.0) for layer, parts in layers.items()}
     # The layers alone: the final norm takes S(norm), it does not enter it.
-    total = pooled(layers.values())
-    try:
-        per_layer = {
-            layer: normalised(parts, chosen(parts), f"layer {layer}")
-            for layer, parts in layers.items()
-        }
-        per_component = normalised(total, chosen(total), "all layers")
-    except NoGain as error:
-        raise ScoreError(
-            f"{error}, so the scores cannot be normalised. Add calibration prompts, or "
-            "choose another gate.baseline."
-        ) from error
+    total = pooled(moved.values())
+    per_component = dict.fromkeys(pooled(layers.values()), 0.0)
+    if moved:
+        for layer, parts in moved.items():
+            per_layer[layer] = _normalised(parts, chosen(parts), f"layer {layer}")
+        per_component |= _normalised(total, chosen(total), "all layers")
     if unify:
         per_layer = {i: _shared(row, parts_of[i]) for i, row in per_layer.items()}
         per_component = _shared(per_component, set().union(*parts_of.values()))
-    return Scores(per_layer, per_component, {k: chosen(v) for k, v in layers.items()})
+    return Scores(per_layer, per_component, {k: chosen(v) for k, v in moved.items()})
+
+
+def _normalised(parts: Mapping[str, GainSums], baseline: str, place: str) -> dict[str, float]:
+    """S(c) of one layer or of all.
+
+    Raises:
+        ScoreError: the baseline has no positive gain; with what would give one.
+    """
+    try:
+        return normalised(parts, baseline, place)
+    except NoGain as error:
+        moved = [c for c, sums in parts.items() if sums.delta2 > 0]
+        cure = "Add calibration prompts, or choose another gate.baseline."
+        if moved and baseline in parts and baseline not in moved:
+            cure = (
+                "Base and donor have the same weights there: choose a gate.baseline that differs "
+                f"({', '.join(moved)})."
+            )
+        raise ScoreError(f"{error}, so the scores cannot be normalised. {cure}") from error
 
 
 # What the official script scores as one where it is asked to: a component, and whose score

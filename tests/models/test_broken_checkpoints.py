@@ -71,7 +71,6 @@ def test_shards_that_are_missing_are_all_named(moe: TinyPair) -> None:
 def test_no_weights_at_all_are_refused(moe: TinyPair) -> None:
     for file in [*moe.base.glob("*.safetensors"), *moe.base.glob("*.index.json")]:
         file.unlink()
-    (moe.base / "pytorch_model.bin").touch()
     refused(moe.base, r"holds neither .*index\.json nor model\.safetensors")
 
 

@@ -221,6 +221,52 @@ def test_a_head_that_is_not_tied_is_missed(moe: TinyPair) -> None:
         Pair.open(moe.base, moe.donor)
 
 
+@pytest.mark.parametrize("stored", [False, True], ids=["absent", "stored"])
+def test_a_donors_own_head_is_left_where_the_bases_is_its_embedding(
+    dense: TinyPair, stored: bool
+) -> None:
+    donor = load_tensors(dense.donor)
+    donor["lm_head.weight"] = torch.zeros_like(donor["model.embed_tokens.weight"])
+    save_tensors(dense.donor, donor)
+    change_config(dense.donor, tie_word_embeddings=False)
+    if stored:
+        base = load_tensors(dense.base)
+        save_tensors(dense.base, base | {"lm_head.weight": base["model.embed_tokens.weight"] + 0})
+    both = Pair.open(dense.base, dense.donor)
+    for name in ("model.embed_tokens.weight", "lm_head.weight")[: 1 + stored]:
+        assert torch.equal(both.donor_tensor(name), donor["model.embed_tokens.weight"])
+
+
+def test_a_tied_donors_embedding_stands_for_the_head_of_a_base_that_has_one(
+    moe: TinyPair,
+) -> None:
+    donor = load_tensors(moe.donor)
+    del donor["lm_head.weight"]
+    save_tensors(moe.donor, donor)
+    change_config(moe.donor, tie_word_embeddings=True)
+    both = Pair.open(moe.base, moe.donor)
+    assert torch.equal(both.donor_tensor("lm_head.weight"), donor["model.embed_tokens.weight"])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_rows_that_one_side_lacks_are_the_bases_or_left_out(
+    moe: TinyPair, dtype: torch.dtype
+) -> None:
+    donor = {n: t.to(dtype) for n, t in load_tensors(moe.donor).items()}
+    for rows in (300, 320, 400):
+        base, short = load_tensors(moe.base), dict(donor)
+        for name in ("model.embed_tokens.weight", "lm_head.weight"):
+            short[name] = torch.cat([donor[name], donor[name]])[:rows].clone()
+        save_tensors(moe.donor, short, shards=2)
+        both = Pair.open(moe.base, moe.donor)
+        assert both.rows == (320, rows)
+        for name in ("model.embed_tokens.weight", "lm_head.weight"):
+            found, common = both.donor_tensor(name), min(rows, 320)
+            assert found.shape == base[name].shape
+            assert torch.equal(found[:common].to(dtype), short[name][:common])
+            assert torch.equal(found[common:].float(), base[name][common:].float())
+
+
 def test_a_fused_tensor_that_is_no_stack_is_refused(moe: TinyPair) -> None:
     tensors = fused(load_tensors(moe.base))
     name = EXPERTS.format(0) + "gate_up_proj"
@@ -242,7 +288,7 @@ def test_every_difference_of_a_pair_is_named_at_once(moe: TinyPair) -> None:
     tensors = load_tensors(moe.donor)
     bias = "model.layers.0.self_attn.q_proj.bias"
     tensors[bias] = torch.zeros(64, dtype=torch.bfloat16)
-    tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"][:-2].clone()
+    tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"][:, 1:].clone()
     del tensors["model.layers.1.self_attn.q_norm.weight"]
     save_tensors(moe.donor, tensors)
     with pytest.raises(CheckpointError) as caught:
@@ -250,7 +296,7 @@ def test_every_difference_of_a_pair_is_named_at_once(moe: TinyPair) -> None:
     message = str(caught.value)
     assert f"{bias} is only in the donor" in message
     assert "model.layers.1.self_attn.q_norm.weight is only in the base" in message
-    assert "model.embed_tokens.weight: [320, 32] against [318, 32]" in message
+    assert "model.embed_tokens.weight: [320, 32] against [320, 31]" in message
     assert str(moe.base) in message and str(moe.donor) in message
 
 

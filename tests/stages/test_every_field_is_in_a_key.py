@@ -27,6 +27,7 @@ OTHERS: dict[str, Any] = {
     "donor": "other_donor",
     "alpha": 0.31,
     "tau": 0.05,
+    "pair.allow": ["rope_theta"],
     "calibration.reasoning.data": "other_reasoning.jsonl",
     "calibration.reasoning.chat_template_kwargs": {"brief": True},
     "calibration.reasoning.on_lost": "notice",

@@ -52,6 +52,7 @@ class Reference:
 
 def write_recipe(reference: Path, folder: Path) -> Path:
     """The recipe of the official run: alpha 0.5, tau 0.03, that script's defaults."""
+    head = {"lm_head": {"scale": 0.03, "keep_special": False}}
     recipe = {
         "name": "reference",
         "base": str(reference / "base"),
@@ -62,7 +63,7 @@ def write_recipe(reference: Path, folder: Path) -> Path:
             kind: {"data": str(reference / f"{kind}.jsonl")}
             for kind in ("reasoning", "agent", "format")
         },
-        "merge": {"router": "slerp", "lm_head": {"scale": 0.03, "keep_special": False}},
+        "merge": {"router": "slerp", **({} if Checkpoint.open(reference / "base").tied else head)},
         "run": {"output": str(folder / "merged"), "device": "cpu"},
     }
     file = folder / "recipe.yaml"

@@ -6,31 +6,18 @@ from typing import Any
 
 import torch
 
-from crane_tasks.errors import CheckpointError
-from crane_tasks.models.files.folder import read_config
-from crane_tasks.models.files.layout import layout_of
-from crane_tasks.models.walk.skeleton import experts_options
+from crane_tasks.models.files.checkpoint import Checkpoint
+from crane_tasks.models.walk.stream import LayerStream
 
 
 def load_resident(folder: Path, device: torch.device, compute: torch.dtype) -> Any:
     """The model of a checkpoint folder, in `compute` dtype on `device`.
 
     Raises:
-        CheckpointError: transformers cannot load it.
+        CheckpointError: it is none, or transformers cannot build it.
     """
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    bars: Any = logging
-    bars.disable_progress_bar()
-    try:
-        options = experts_options(layout_of(read_config(folder)["model_type"]), compute)
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=compute, **options)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise CheckpointError(f"{folder}: transformers cannot load it: {error}") from error
-    finally:
-        bars.enable_progress_bar()
-    return model.to(device).eval()
+    checkpoint = Checkpoint.open(folder)
+    return LayerStream(checkpoint, device=device, compute=compute, resident=True).assembled()
 
 
 @torch.inference_mode()

@@ -15,19 +15,23 @@ import torch
 from torch import Tensor
 
 from crane_tasks.errors import CheckpointError
-from crane_tasks.models.files.folder import check_index, read_config, weight_files
+from crane_tasks.models.files.folder import read_config
 from crane_tasks.models.files.layout import Layout, Slot, layout_of
+from crane_tasks.models.files.packed import PackedEntry
 from crane_tasks.models.files.safetensors_io import (
     DTYPES,
     MERGEABLE,
     Entry,
     Span,
     byte_view,
-    read_header,
     read_rows,
     read_span,
 )
+from crane_tasks.models.files.stored import Stored
 from crane_tasks.models.files.wording import listed
+from crane_tasks.models.files.wrapped import canonical_name, language_values, wrapper_of
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,7 @@ class Piece:
         """Its bytes in the file."""
         width = math.prod(self.shape[1:]) * self.dtype.itemsize
         count = math.prod(self.shape) * self.dtype.itemsize
-        return Span(self.entry.file, self.entry.start + self.first * width, count)
+        return self.entry.span(self.first * width, count)
 
     def read(self, first: int = 0, last: int | None = None) -> Tensor:
         """The tensor in its stored dtype, or rows [first, last) of it."""
@@ -79,10 +83,13 @@ class Checkpoint:
 
     Attributes:
         files: its safetensors files, in the order of the index.
-        entries: every stored tensor, in file order.
+        entries: every stored tensor, in file order; of FP8 what it stands for (`packed.py`).
         metadata: each file's header metadata.
+        config: its config.json, or that of the language model within a wrapper.
+        wrapper: the model type of a multimodal wrapper (`wrapped.py`); empty without one.
         slots: canonical slots by name; `pieces` holds one piece per expert for each.
         carried: stored names that are copied from the base.
+        named: the entries by canonical names, but for what only the wrapper has.
     """
 
     folder: Path
@@ -91,9 +98,11 @@ class Checkpoint:
     files: list[Path]
     entries: dict[str, Entry]
     metadata: dict[Path, dict[str, str]]
+    wrapper: str = ""
     slots: dict[str, Slot] = field(default_factory=dict)
     pieces: dict[str, list[Piece]] = field(default_factory=dict)
     carried: list[str] = field(default_factory=list)
+    named: dict[str, Entry] = field(default_factory=dict)
 
     @classmethod
     def open(cls, folder: Path) -> "Checkpoint":
@@ -103,26 +112,23 @@ class Checkpoint:
             CheckpointError: anything missing, truncated, unlisted or incomplete.
         """
         config = read_config(folder)
+        stored, wrapper = Stored.read(folder, config), wrapper_of(config)
+        if wrapper:
+            config = language_values(folder, config, stored.entries)
         layout = layout_of(str(config.get("model_type", "")))
-        files, weight_map = weight_files(folder)
-        entries: dict[str, Entry] = {}
-        metadata: dict[Path, dict[str, str]] = {}
-        doubled: list[str] = []
-        for file in files:
-            stored, metadata[file] = read_header(file)
-            doubled += [e.name for e in stored if e.name in entries]
-            entries |= {e.name: e for e in stored}
-        if doubled:
-            raise CheckpointError(f"{folder}: stored in more than one file: {listed(doubled)}")
-        if weight_map is not None:
-            check_index(folder, weight_map, entries)
-        checkpoint = cls(folder, config, layout, files, entries, metadata)
+        parts = (stored.files, stored.entries, stored.metadata)
+        checkpoint = cls(folder, config, layout, *parts, wrapper)
         checkpoint._classify()
         return checkpoint
 
     @property
     def num_layers(self) -> int:
         return int(self.config["num_hidden_layers"])
+
+    @property
+    def packed(self) -> bool:
+        """Whether its weights are stored in FP8."""
+        return any(isinstance(entry, PackedEntry) for entry in self.entries.values())
 
     @property
     def tied(self) -> bool:
@@ -150,11 +156,16 @@ class Checkpoint:
             read_span(piece.span, byte_view(row))
         return out
 
+    def canonical(self, stored: str) -> str | None:
+        """The name that the language model has for a stored tensor; None if it has none."""
+        return canonical_name(stored) if self.wrapper else stored
+
     def stored_parts(self, entry: Entry) -> list[tuple[str, int]]:
         """The (slot, expert) of a stored tensor's bytes, in the order of those bytes."""
-        templates = self.layout.fused_match(entry.name)
+        name = self.canonical(entry.name) or entry.name
+        templates = self.layout.fused_match(name)
         if templates is None:
-            classified = self.layout.classify(entry.name)
+            classified = self.layout.classify(name)
             assert classified is not None, "the checkpoint was classified when it was opened"
             slot, expert = classified
             return [(slot.name, expert)]
@@ -165,8 +176,8 @@ class Checkpoint:
 
         A fused parameter [E, rows, columns] has its slots one below the other in each expert.
         """
-        if name == "lm_head.weight" and self.tied:
-            return ("model.embed_tokens.weight",)
+        if name == HEAD and self.tied:
+            return (EMBEDDING,)
         return self.layout.fused_match(name) or (name,)
 
     def source(self, name: str) -> Source:
@@ -178,12 +189,11 @@ class Checkpoint:
         Raises:
             CheckpointError: no tensor holds it.
         """
-        if name == "lm_head.weight" and self.tied:
-            return self.source("model.embed_tokens.weight")
-        if name in self.entries:
-            entry = self.entries[name]
-            span = Span(entry.file, entry.start, entry.nbytes)
-            return Source(DTYPES[entry.dtype], entry.shape, (span,))
+        if name == HEAD and self.tied:
+            return self.source(EMBEDDING)
+        if name in self.named:
+            entry = self.named[name]
+            return Source(DTYPES[entry.dtype], entry.shape, (entry.span(),))
         templates = self.layout.fused_match(name)
         if templates is None:
             raise CheckpointError(f"{self.folder}: no tensor for {name}, which the model has")
@@ -196,10 +206,15 @@ class Checkpoint:
     def _classify(self) -> None:
         by_slot: dict[str, dict[int, Piece]] = defaultdict(dict)
         unlisted: list[str] = []
-        for name, entry in self.entries.items():
+        for stored, entry in self.entries.items():
+            name = self.canonical(stored)
+            if name is None:
+                self.carried.append(stored)
+                continue
+            self.named[name] = entry
             templates = self.layout.fused_match(name)
             if self.layout.is_carried(name, self.config):
-                self.carried.append(name)
+                self.carried.append(stored)
             elif templates is not None:
                 self._add_fused(entry, templates, by_slot)
             elif classified := self.layout.classify(name):
@@ -221,7 +236,7 @@ class Checkpoint:
 
     def _adjusted(self, slot: Slot) -> Slot:
         """A stored head that is tied to the embedding must stay equal to it."""
-        if slot.name == "lm_head.weight" and self.tied:
+        if slot.name == HEAD and self.tied:
             return Slot(slot.name, None, "embedding")
         return slot
 

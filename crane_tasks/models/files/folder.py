@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from crane_tasks.errors import CheckpointError
+from crane_tasks.models.files.formats import other_form, quantised_words
+from crane_tasks.models.files.packed import block_of
 from crane_tasks.models.files.safetensors_io import Entry
 from crane_tasks.models.files.wording import listed
 
@@ -53,16 +55,17 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(file.read_text())
     except OSError as error:
-        raise CheckpointError(f"{folder}: has no config.json, so it is no checkpoint") from error
+        told = other_form(folder) or "has no config.json, so it is no checkpoint"
+        raise CheckpointError(f"{folder}: {told}") from error
     except ValueError as error:
         raise CheckpointError(f"{file}: not JSON: {error}") from error
-    if not isinstance(config, dict) or not isinstance(config.get("num_hidden_layers"), int):
+    if not isinstance(config, dict) or not (
+        isinstance(config.get("num_hidden_layers"), int)
+        or isinstance(config.get("text_config"), dict)
+    ):
         raise CheckpointError(f"{file}: not the config of a decoder-only language model")
-    if config.get("quantization_config"):
-        raise CheckpointError(
-            f"{file}: the checkpoint is quantised ({config['quantization_config']}); "
-            "merge the unquantised one"
-        )
+    if config.get("quantization_config") and block_of(config) is None:
+        raise CheckpointError(f"{file}: {quantised_words(config)}")
     return config
 
 
@@ -96,10 +99,11 @@ def weight_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
         return files, weight_map
     if (folder / SINGLE).exists():
         return [folder / SINGLE], None
-    raise CheckpointError(
-        f"{folder}: holds neither {INDEX} nor {SINGLE}. Only safetensors checkpoints are "
-        "read; convert others with transformers' save_pretrained."
+    told = other_form(folder) or (
+        f"holds neither {INDEX} nor {SINGLE}. Only safetensors checkpoints are read; convert "
+        "others with transformers' save_pretrained."
     )
+    raise CheckpointError(f"{folder}: {told}")
 
 
 def check_index(folder: Path, weight_map: Mapping[str, str], entries: Mapping[str, Entry]) -> None:

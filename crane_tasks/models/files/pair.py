@@ -3,16 +3,17 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from crane_tasks.errors import CheckpointError
-from crane_tasks.models.files.checkpoint import Checkpoint
+from crane_tasks.models.files.checkpoint import EMBEDDING, HEAD, Checkpoint
 from crane_tasks.models.files.wording import listed
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Base and donor with the same slots, experts and shapes."""
+    """Base and donor with the same slots, experts and shapes, but for rows of the vocabulary."""
 
     base: Checkpoint
     donor: Checkpoint
@@ -28,11 +29,29 @@ class Pair:
         pair._require_match()
         return pair
 
+    @property
+    def rows(self) -> tuple[int, int]:
+        """Rows of the base's embedding and of the donor's."""
+        ours, theirs = (side.pieces[EMBEDDING][0] for side in (self.base, self.donor))
+        return ours.shape[0], theirs.shape[0]
+
     def donor_tensor(self, slot: str, expert: int = 0) -> Tensor:
-        """The donor's tensor in its stored dtype; a tied head is its embedding."""
-        if slot not in self.donor.pieces and slot == "lm_head.weight" and self.donor.tied:
-            return self.donor.read("model.embed_tokens.weight")
-        return self.donor.read(slot, expert)
+        """The donor's tensor in the base's shape.
+
+        Where either side's head is its embedding, the donor's embedding stands for its head.
+        Rows that the donor lacks are the base's, rows that the base lacks are left out. In its
+        stored dtype; float32 where rows of another dtype are put below it.
+        """
+        head = slot == HEAD
+        theirs = self.donor.pieces[
+            EMBEDDING if head and (self.base.tied or self.donor.tied) else slot
+        ][expert]
+        ours = self.base.pieces[EMBEDDING if head and self.base.tied else slot][expert]
+        if theirs.shape == ours.shape:
+            return theirs.read()
+        common = min(theirs.shape[0], ours.shape[0])
+        dtype = theirs.dtype if theirs.dtype == ours.dtype else torch.float32
+        return torch.cat([theirs.read(0, common).to(dtype), ours.read(common).to(dtype)])
 
     def _require_match(self) -> None:
         base, donor = self.base, self.donor
@@ -43,17 +62,18 @@ class Pair:
             )
         missing = [n for n in base.pieces if n not in donor.pieces]
         surplus = [n for n in donor.pieces if n not in base.pieces]
-        if base.tied and donor.tied:
+        if base.tied or donor.tied:
             # A tied head may be stored or not: either way it is the embedding.
-            missing = [n for n in missing if n != "lm_head.weight"]
-            surplus = [n for n in surplus if n != "lm_head.weight"]
+            missing = [n for n in missing if n != HEAD]
+            surplus = [n for n in surplus if n != HEAD]
         problems = [f"{n} is only in the base" for n in missing]
         problems += [f"{n} is only in the donor" for n in surplus]
         for name in base.pieces.keys() & donor.pieces.keys():
             left, right = base.pieces[name], donor.pieces[name]
+            by_rows = name in (EMBEDDING, HEAD)  # of which each side may have more
             if len(left) != len(right):
                 problems.append(f"{name}: {len(left)} experts against {len(right)}")
-            elif left[0].shape != right[0].shape:
+            elif left[0].shape[by_rows:] != right[0].shape[by_rows:]:
                 problems.append(f"{name}: {list(left[0].shape)} against {list(right[0].shape)}")
         if problems:
             raise CheckpointError(

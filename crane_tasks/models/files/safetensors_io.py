@@ -26,6 +26,7 @@ DTYPES = {
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -38,6 +39,40 @@ MERGEABLE = ("F32", "F16", "BF16")
 MAX_HEADER = 100_000_000
 # A file is brought to disk whenever so much of it was written, behind the writing.
 FLUSH_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class Span:
+    """A range of bytes in a file."""
+
+    file: Path
+    start: int
+    count: int
+
+    def part(self, start: int, count: int) -> "Span":
+        """So many of its bytes from `start` on."""
+        return Span(self.file, self.start + start, count)
+
+    def read_into(self, into: memoryview) -> None:
+        """Fill `into` with its bytes, as `read_span`."""
+        with self.file.open("rb", buffering=0) as stream:
+            done = 0
+            while done < self.count:
+                part = into[done : min(done + 2**30, self.count)]
+                got = os.preadv(stream.fileno(), [part], self.start + done)
+                if got == 0:
+                    end = self.start + self.count
+                    raise CheckpointError(f"{self.file}: ends before byte {end}")
+                done += got
+
+
+def read_span(span: Span, into: memoryview) -> None:
+    """Fill `into` with the span's bytes; a short read is an error, never zeros.
+
+    Raises:
+        CheckpointError: the file ends before the span does.
+    """
+    span.read_into(into)
 
 
 @dataclass(frozen=True)
@@ -54,6 +89,11 @@ class Entry:
     @property
     def nbytes(self) -> int:
         return self.end - self.start
+
+    def span(self, start: int = 0, count: int | None = None) -> Span:
+        """Its bytes, or `count` of them from `start` on."""
+        count = self.nbytes - start if count is None else count
+        return Span(self.file, self.start + start, count)
 
 
 def read_header(file: Path) -> tuple[list[Entry], dict[str, str]]:
@@ -112,31 +152,6 @@ def _entry(file: Path, name: str, spec: Any, origin: int, size: int) -> Entry:
     return Entry(name, dtype, shape, file, origin + start, origin + end)
 
 
-@dataclass(frozen=True)
-class Span:
-    """A range of bytes in a file."""
-
-    file: Path
-    start: int
-    count: int
-
-
-def read_span(span: Span, into: memoryview) -> None:
-    """Fill `into` with the span's bytes; a short read is an error, never zeros.
-
-    Raises:
-        CheckpointError: the file ends before the span does.
-    """
-    with span.file.open("rb", buffering=0) as stream:
-        done = 0
-        while done < span.count:
-            part = into[done : min(done + 2**30, span.count)]
-            got = os.preadv(stream.fileno(), [part], span.start + done)
-            if got == 0:
-                raise CheckpointError(f"{span.file}: ends before byte {span.start + span.count}")
-            done += got
-
-
 def byte_view(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous tensor on the CPU, to be read or written in place."""
     array: Any = tensor.detach().flatten().view(torch.uint8).numpy()
@@ -158,7 +173,7 @@ def read_rows(entry: Entry, first: int, last: int, shape: tuple[int, ...]) -> Te
     if count == 0:
         return torch.empty(shape, dtype=dtype)
     out = torch.empty(shape, dtype=dtype)
-    read_span(Span(entry.file, entry.start + first * width, count), byte_view(out))
+    read_span(entry.span(first * width, count), byte_view(out))
     return out
 
 

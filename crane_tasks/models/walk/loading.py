@@ -119,7 +119,7 @@ def _jobs(sources: Sources, into: memoryview) -> Iterator[Job]:
             for first in range(0, span.count, BLOCK):
                 count = min(BLOCK, span.count - first)
                 place = at + first
-                job.append((Span(span.file, span.start + first, count), into[place:][:count]))
+                job.append((span.part(first, count), into[place:][:count]))
                 size += count
                 if size >= BLOCK:
                     yield job

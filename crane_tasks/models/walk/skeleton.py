@@ -3,25 +3,13 @@
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 
 from crane_tasks.errors import CheckpointError
-from crane_tasks.models.files.checkpoint import Checkpoint
+from crane_tasks.models.files.checkpoint import EMBEDDING, HEAD, Checkpoint
+from crane_tasks.models.files.configs import CONFIG_ERRORS, language_config
 from crane_tasks.models.files.layout import Layout
 from crane_tasks.models.files.wording import listed
-
-# What transformers raises over a config that makes no sense.
-CONFIG_ERRORS = (
-    OSError,
-    ValueError,
-    KeyError,
-    TypeError,
-    AttributeError,
-    ArithmeticError,
-    RuntimeError,
-    StrictDataclassError,
-)
 
 
 def experts_options(layout: Layout, compute: torch.dtype) -> dict[str, str]:
@@ -42,15 +30,19 @@ def skeleton(checkpoint: Checkpoint, compute: torch.dtype) -> Any:
             another shape in the checkpoint.
     """
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     build: Any = AutoModelForCausalLM.from_config  # its decorators hide its types
     options = experts_options(checkpoint.layout, compute)
     try:
-        config = AutoConfig.from_pretrained(checkpoint.folder)
+        config = language_config(checkpoint.folder)
+        if checkpoint.wrapper:
+            config.tie_word_embeddings = checkpoint.tied
         config.use_cache = False
         if hasattr(config, "output_router_logits"):
             config.output_router_logits = False  # its loss bypasses the last hidden state
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config  # what is read is not quantised
         with init_empty_weights(include_buffers=False):
             model = build(config, dtype=compute, attn_implementation="sdpa", **options)
         chosen = getattr(config, "num_experts_per_tok", 0) or 0
@@ -98,7 +90,7 @@ def check_parameters(checkpoint: Checkpoint) -> None:
         CheckpointError: with all that are missing, misshapen or unknown to the model.
     """
     problems: list[str] = []
-    known: set[str] = {"lm_head.weight"}  # stored or not, where it is tied
+    known: set[str] = {HEAD}  # stored or not, where it is tied
     model = skeleton(checkpoint, torch.bfloat16)
     parameters = dict(model.named_parameters())
     for name in parameters:
@@ -115,12 +107,12 @@ def check_parameters(checkpoint: Checkpoint) -> None:
 
 
 def _stored_shape(checkpoint: Checkpoint, name: str) -> tuple[int, ...] | None:
-    if name in checkpoint.entries:
-        return checkpoint.entries[name].shape
+    if name in checkpoint.named:
+        return checkpoint.named[name].shape
     templates = checkpoint.layout.fused_match(name)
     if templates is None:
-        tied = name == "lm_head.weight" and checkpoint.tied
-        return _stored_shape(checkpoint, "model.embed_tokens.weight") if tied else None
+        tied = name == HEAD and checkpoint.tied
+        return _stored_shape(checkpoint, EMBEDDING) if tied else None
     if any(t not in checkpoint.pieces for t in templates):
         return None
     shapes = [checkpoint.pieces[t][0].shape for t in templates]

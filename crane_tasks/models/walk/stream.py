@@ -238,28 +238,32 @@ class LayerStream:
 
     @contextmanager
     def whole(self) -> Iterator[Any]:
-        """The transformers model itself, all its weights on the device, to decode with.
+        """The transformers model itself, to decode with; afterwards it can be walked again."""
+        try:
+            yield self.assembled()
+        finally:
+            self._embedding.cpu()
+            self._model.config.use_cache = False
+            self._model.model.layers = nn.ModuleList(self._stubs)
+
+    def assembled(self) -> Any:
+        """The transformers model itself, all its weights on the device.
 
         The weights are those of the walk, not another copy; the model ends answers as the
         checkpoint's generation config says.
         """
         assert self.resident, "a model that is walked in turns is never whole"
-        decoder, model = self._model.model, self._model
+        model = self._model
         with self.embedding(), self.head():
             self.expect(range(self.num_layers))
             for index in range(self.num_layers):
                 with self.layer(index):
                     pass  # a resident layer stays
-            try:
-                decoder.layers = nn.ModuleList(self._layers)
-                self._embedding.to(self.device)
-                model.config.use_cache = True
-                model.generation_config = generation_config(self.checkpoint)
-                yield model
-            finally:
-                self._embedding.cpu()
-                model.config.use_cache = False
-                decoder.layers = nn.ModuleList(self._stubs)
+        model.model.layers = nn.ModuleList(self._layers)
+        self._embedding.to(self.device)
+        model.config.use_cache = True
+        model.generation_config = generation_config(self.checkpoint)
+        return model
 
     def run(self, module: nn.Module, hidden: Tensor, call: LayerCall) -> Tensor:
         """One layer on one batch: state [B, T, d] in, state [B, T, d] out."""
