@@ -11,56 +11,31 @@ from artifacts.store import Artifact, Draft, Unit
 from crane_tasks.calibration.sets import read_set
 from crane_tasks.calibration.stages import FORMAT
 from crane_tasks.errors import CraneError
-from crane_tasks.models.files.layout import Layout, Site, Slot, unit_name
-from crane_tasks.models.walk.activations import Sum, Sums, walk_activations
-from crane_tasks.models.walk.states import States
-from crane_tasks.models.walk.stream import LayerStream
+from crane_tasks.models.files.layout import Site, Slot
+from crane_tasks.models.walk.activations import Sum
 from crane_tasks.numerics.projector import Basis, basis_from_gram, gram
 from crane_tasks.session import Context
-from crane_tasks.sizes import sizes_of
-from crane_tasks.stage import BASE, Keys, Needs, Stage
-
-
-def sites_in_use(layout: Layout, sites: str) -> list[Site]:
-    """The published sites, or with "all" the true inputs of o_proj and down_proj as well."""
-    return [site for site in layout.sites if sites == "all" or not site.extended]
+from crane_tasks.site_walk import sites_in_use, walk_needs, walk_sites
+from crane_tasks.stage import BASE, Keys, Stage
 
 
 def write_projector(ctx: Context, keys: Keys, draft: Draft) -> None:
     """Unit of work: a decoder layer."""
-    base, settings = ctx.pair().base, ctx.recipe.projector
-    stream = LayerStream(base, device=ctx.torch_device, compute=ctx.compute_dtype)
+    settings = ctx.recipe.projector
     tokens = read_set(ctx.store.open(keys[FORMAT]))
-    items = list(zip(tokens.sequences, tokens.masks, strict=True))
 
-    def visit(layer: int, sums: Sums) -> None:
-        with draft.unit(unit_name(layer)) as unit:
-            for site, by_expert in sums.items():
-                bases = {
-                    expert: _basis(rows, settings.rank, settings.cutoff)
-                    for expert, rows in by_expert.items()
-                }
-                _write_site(unit, site, bases, _experts(ctx, layer, site))
+    def write(unit: Unit, site: str, sums: dict[int, Sum], experts: int | None) -> None:
+        bases = {e: _basis(rows, settings.rank, settings.cutoff) for e, rows in sums.items()}
+        _write_site(unit, site, bases, experts)
 
-    walk_activations(
-        stream,
-        items,
-        sites_in_use(base.layout, settings.sites),
-        gram=gram,
-        states=States(draft.scratch, ctx.state_memory),
-        done={i for i in range(base.num_layers) if draft.done(unit_name(i))},
-        visit=visit,
-        on_step=lambda step: ctx.show_step(PROJECTOR.name, step),
-    )
-
-
-def _needs(ctx: Context, keys: Keys) -> Needs:
-    sizes = sizes_of(ctx)
-    walk = sizes.one_layer + sizes.ends
-    return Needs(
-        memory=sizes.on_host + (walk if ctx.device == "cpu" else 0),
-        device_memory=walk,
-        seconds=sizes.passes + sizes.reading,
+    walk_sites(
+        ctx,
+        draft,
+        list(zip(tokens.sequences, tokens.masks, strict=True)),
+        sites_in_use(ctx.pair().base.layout, settings.sites),
+        stage=PROJECTOR.name,
+        reduce=gram,
+        write=write,
     )
 
 
@@ -77,18 +52,8 @@ PROJECTOR = Stage(
     inputs={"base": BASE, "format": FORMAT},
     fields=("projector.rank", "projector.cutoff", "projector.sites", "gate.compute"),
     write=write_projector,
-    needs=_needs,
+    needs=walk_needs,
 )
-
-
-def _experts(ctx: Context, layer: int, site: str) -> int | None:
-    """How many experts a site is stacked over, None for a plain one."""
-    base = ctx.pair().base
-    for slot in base.slots.values():
-        if slot.layer == layer and slot.site and slot.site.name == site:
-            routed = slot.site.side == "routed"
-            return len(base.pieces[slot.name]) if routed else None
-    return None
 
 
 def _basis(rows: Sum, rank: int, cutoff: float) -> Basis:

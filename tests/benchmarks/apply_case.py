@@ -25,10 +25,11 @@ from crane_tasks.delta import DELTA
 from crane_tasks.models.files.layout import unit_name
 from crane_tasks.numerics.projector import protection
 from crane_tasks.numerics.scores import GainSums
-from crane_tasks.projector import PROJECTOR, read_basis, sites_in_use
+from crane_tasks.projector import PROJECTOR, read_basis
 from crane_tasks.recipe_file import recipe_from
 from crane_tasks.scores.stage import COLUMNS, SCORES
 from crane_tasks.session import Context, Session
+from crane_tasks.site_walk import sites_in_use
 from crane_tasks.sizes import PLAIN, gated
 from crane_tasks.stage import Keys
 from crane_tasks.threshold import THRESHOLD

@@ -151,7 +151,7 @@ def test_the_bases_of_the_device_protect_what_those_of_the_cpu_do(
             LayerStream(checkpoint, device=torch.device(device), compute=torch.float32),
             items,
             checkpoint.layout.sites,
-            gram=gram,
+            reduce=gram,
             states=States(tmp_path / device),
             done=(),
             visit=visit,

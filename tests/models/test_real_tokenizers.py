@@ -14,8 +14,8 @@ from conftest import REFERENCE
 
 from crane_tasks.apply.rows import row_factors
 from crane_tasks.calibration.format import format_mask
+from crane_tasks.merge_section import TokenRows
 from crane_tasks.models.files.tokenizer import added_ids, load_tokenizer
-from crane_tasks.recipe import TokenRows
 from crane_tasks.rendering import completion_ids, ids_of, own_ends, render, turn_end
 from crane_tasks.rows import Row
 

@@ -86,7 +86,7 @@ def walk(
         LayerStream(Checkpoint.open(pair.base), device=torch.device("cpu"), compute=compute),
         make_items(),
         all_sites(pair) if sites is None else sites,
-        gram=gram,
+        reduce=gram,
         states=States(scratch),
         done=set(found),
         visit=visit,

@@ -1,6 +1,6 @@
-"""Activations at the input sites, gathered as Gram matrices in one forward walk.
+"""Activations at the input sites, added up in one forward walk.
 
-Only HᵀH (float64, d x d) is kept per site, so memory does not grow with the rows.
+Only a sum over the rows is kept per site, such as HᵀH, so memory does not grow with the rows.
 """
 
 from collections.abc import Callable, Collection
@@ -22,26 +22,26 @@ from crane_tasks.models.walk.stream import LayerStream
 
 @dataclass
 class Sum:
-    """HᵀH over the rows seen so far: float64 [d, d], and how many rows."""
+    """What the rows seen so far come to, e.g. HᵀH float64 [d, d], and how many there were."""
 
-    total: Float[Tensor, "d d"]
+    total: Float[Tensor, "..."]
     rows: int
 
 
 Sums = dict[str, dict[int, Sum]]  # site -> expert (0 if none) -> sum
-GramOf = Callable[[Tensor], Tensor]
+Reduce = Callable[[Tensor], Tensor]  # rows [n, d] -> their sum of some kind
 
 
 class _Taps:
-    """Forward hooks on one layer that add up the Gram matrices of chosen rows."""
+    """Forward hooks on one layer that add up what chosen rows come to."""
 
     def __init__(
-        self, module: nn.Module, sites: Collection[Site], gram: GramOf, masks: list[Tensor]
+        self, module: nn.Module, sites: Collection[Site], reduce: Reduce, masks: list[Tensor]
     ) -> None:
         self.sums: Sums = {}
         self._masks = masks
         self._rows = masks[0]
-        self._gram = gram
+        self._reduce = reduce
         self._handles = []
         modules = dict(module.named_modules())
         for site in sites:
@@ -65,13 +65,13 @@ class _Taps:
     def _add(self, site: str, expert: int, rows: Tensor) -> None:
         if rows.shape[0] == 0:
             return
-        gram = self._gram(rows)
+        total = self._reduce(rows)
         sums = self.sums.setdefault(site, {})
         if expert in sums:
-            sums[expert].total += gram
+            sums[expert].total += total
             sums[expert].rows += rows.shape[0]
         else:
-            sums[expert] = Sum(gram, rows.shape[0])
+            sums[expert] = Sum(total, rows.shape[0])
 
     def _chosen(self, states: Tensor) -> Tensor:
         return states.reshape(-1, states.shape[-1])[self._rows]
@@ -98,7 +98,7 @@ def walk_activations(
     items: list[tuple[Tensor, Tensor]],
     sites: Collection[Site],
     *,
-    gram: GramOf,
+    reduce: Reduce,
     states: States,
     done: Collection[int],
     visit: Callable[[int, Sums], None],
@@ -123,7 +123,7 @@ def walk_activations(
     try:
         for layer in range(reached, count):
             with stream.layer(layer) as module:
-                taps = _Taps(module, sites, gram, masks)
+                taps = _Taps(module, sites, reduce, masks)
                 passage.push(module, layer, pace, taps.choose)
                 taps.remove()
             states.save(f"behind.{layer}", passage.hidden)
