@@ -2,10 +2,10 @@
 
     θ = θ_base + P( α · S(c, l) · T(δ) )
 
-Each part is a value (`known_parts.py`) and may be replaced or left out; a recipe names the
-edit (`merge.method`, a file of `crane_tasks/edits`) and may name parts in place of its own. What
-an edit is made from follows from its parts: a stage that none of them needs is not computed,
-not planned and in no key.
+Each part is a value (`known_parts.py`, `projections.py`) and may be replaced or left out; a recipe
+names the edit (`merge.method`, a file of `crane_tasks/edits`) and may name parts in place of its
+own. What an edit is made from follows from its parts: a stage that none of them needs is not
+computed, not planned and in no key.
 """
 
 import re
@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from crane_tasks.errors import RecipeError
-from crane_tasks.known_parts import GATES, PROJECTIONS, THRESHOLDS
+from crane_tasks.known_parts import GATES, THRESHOLDS
+from crane_tasks.merge_section import known_methods
 from crane_tasks.models.files.layout import Site, Slot
 from crane_tasks.parts import (
     GatePart,
@@ -31,7 +32,8 @@ from crane_tasks.parts import (
     ProjectionPart,
     ThresholdPart,
 )
-from crane_tasks.recipe import Recipe, known_methods
+from crane_tasks.projections import PROJECTIONS
+from crane_tasks.recipe import Recipe
 from crane_tasks.session import Context
 from crane_tasks.stage import Keys, Stage
 
@@ -74,6 +76,11 @@ class Edit:
     def fields(self) -> tuple[str, ...]:
         """The recipe's fields that decide it."""
         return ("alpha", *(name for part in self.parts for name in part.fields), "merge")
+
+    @property
+    def foretold(self) -> bool:
+        """Whether the change of loss that it should make is predicted: it has a gate."""
+        return self.gate is not None and all(part.foretold for part in self.parts)
 
     @property
     def stages(self) -> dict[str, Stage]:

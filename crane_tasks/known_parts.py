@@ -1,8 +1,7 @@
-"""The parts that edits are made of, by the names that a recipe has for them."""
+"""T and S by the names that a recipe has for them. (P: `projections.py`.)"""
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 from functools import lru_cache, partial
 from threading import Lock
 
@@ -10,25 +9,16 @@ import torch
 from torch import Tensor
 
 from artifacts.store import Artifact
-from crane_tasks.errors import CraneError, RecipeError
-from crane_tasks.models.files.layout import Site, Slot
+from crane_tasks.errors import RecipeError
+from crane_tasks.models.files.layout import Slot
 from crane_tasks.numerics.hashing import seed_of
-from crane_tasks.numerics.projector import (
-    hard_protection,
-    project,
-    protection,
-    ridge_protection,
-)
 from crane_tasks.numerics.threshold import drop_at_random, keep_above, keep_agreed
 from crane_tasks.parts import (
     GatePart,
     OpenGate,
-    OpenProjection,
     OpenThreshold,
-    ProjectionPart,
     ThresholdPart,
 )
-from crane_tasks.projector import PROJECTOR, basis_site, read_basis
 from crane_tasks.scores.gradients import GRADIENTS, SETS, read_gradient
 from crane_tasks.scores.reading import Scores
 from crane_tasks.scores.stage import SCORES, check_baseline, scores_of
@@ -36,8 +26,6 @@ from crane_tasks.session import Context
 from crane_tasks.stage import Keys
 from crane_tasks.threshold import THRESHOLD, density_scale, read_thresholds
 
-# Bases held at a time: those of two layers, as a window may end within one.
-KEPT_BASES = 16
 KEPT_GRADIENTS = 16  # tensors, of both sets
 
 
@@ -163,71 +151,6 @@ class TaylorGate(GatePart):
         return scores.at
 
 
-@dataclass(frozen=True)
-class SpectralProjection(ProjectionPart):
-    """P: removes the share w_i of each format direction; w a function of sigma and tau."""
-
-    rule: Callable[[Tensor, float], Tensor] = protection
-
-    def open(self, ctx: Context, keys: Keys) -> OpenProjection:
-        artifact = ctx.store.open(keys[PROJECTOR])
-        return _Bases(artifact, partial(_ruled, self.rule, ctx.recipe.tau), ctx.torch_device)
-
-
-def _ruled(rule: Callable[[Tensor, float], Tensor], tau: float, sigma: Tensor) -> Tensor:
-    return rule(sigma, tau)
-
-
-class _Bases:
-    """Bases on the device, those of a layer kept for its other tensors."""
-
-    def __init__(
-        self, artifact: Artifact, rule: Callable[[Tensor], Tensor], device: torch.device
-    ) -> None:
-        self._artifact, self.weights, self._device = artifact, rule, device
-        self._known: dict[tuple[str, str], tuple[Tensor, Tensor] | None] = {}
-        self._lock = Lock()
-
-    def site(self, slot: Slot, width: int) -> Site | None:
-        return basis_site(self._artifact, slot, width)
-
-    def directions(self, slot: Slot, site: Site, expert: int) -> Tensor | None:
-        basis = read_basis(self._artifact, slot, site, expert)
-        return None if basis is None else basis[0].to(self._device)
-
-    def __call__(self, slot: Slot, expert: int, step: Tensor) -> Tensor:
-        with self._lock:
-            site = self.site(slot, step.shape[-1])
-            basis = self._basis(slot, site, expert) if site else None
-        if site is None or basis is None:
-            return step
-        directions, weight = basis
-        if self._device.type == "cuda":  # not to be freed under another stream's hands
-            directions.record_stream(torch.cuda.current_stream())
-            weight.record_stream(torch.cuda.current_stream())
-        if directions.shape[0] != step.shape[-1]:
-            raise CraneError(
-                f"{slot.tensor_name(expert)} reads {step.shape[-1]} inputs, its projector at "
-                f"{site.name} has {directions.shape[0]}"
-            )
-        return project(step, directions, weight)
-
-    def _basis(self, slot: Slot, site: Site, expert: int) -> tuple[Tensor, Tensor] | None:
-        own = expert if site.side == "routed" else 0
-        key = (slot.unit, f"{site.name}.{own}")
-        if key not in self._known:
-            basis = read_basis(self._artifact, slot, site, own)
-            if basis is not None:
-                weight = self.weights(basis[1]).float()
-                basis = basis[0].contiguous().to(self._device), weight.to(self._device)
-                if self._device.type == "cuda":
-                    torch.cuda.current_stream().synchronize()  # other streams will read it
-            while len(self._known) > KEPT_BASES:
-                self._known.pop(next(iter(self._known)))
-            self._known[key] = basis
-        return self._known[key]
-
-
 MEDIAN = MedianThreshold(
     stages=(THRESHOLD,), words="T keeps the larger half of each tensor's delta, doubled."
 )
@@ -242,20 +165,7 @@ TAYLOR = TaylorGate(
     fields=("gate.baseline", "gate.unify"),
     words="S weighs components and layers by what reasoning and agent calibration sets agree on.",
 )
-SIGMOID = SpectralProjection(
-    stages=(PROJECTOR,),
-    fields=("tau",),
-    words="P_tau removes what lies in strong format directions.",
-)
 THRESHOLDS: dict[str, ThresholdPart | None] = {
     "median": MEDIAN, "top": TOP, "drop": DROP, "agreed": AGREED, "none": None,
 }  # fmt: skip
 GATES: dict[str, GatePart | None] = {"taylor": TAYLOR, "flat": None}
-PROJECTIONS: dict[str, ProjectionPart | None] = {
-    "sigmoid": SIGMOID,
-    "hard": replace(SIGMOID, rule=hard_protection, words="P removes all that lies in format "
-                    "directions whose strength is tau of the strongest, or more."),
-    "ridge": replace(SIGMOID, rule=ridge_protection, words="P removes what a ridge regression on "
-                     "the format activations would change."),
-    "none": None,
-}  # fmt: skip

@@ -3,7 +3,9 @@
 recipe ─┬─ delta ───────┬─ threshold ─┐
         │               └─ scores ────┼─ apply ─ evaluate
         └─ calibration ─┬─ scores     │
-                        └─ projector ─┘
+                        ├─ projector ─┤
+                        └─ moments ───┘
+                           (magnitudes, likewise: what other projections are made from)
 """
 
 from collections.abc import Callable
@@ -14,6 +16,8 @@ from crane_tasks.calibration.stages import CALIBRATION
 from crane_tasks.delta import DELTA
 from crane_tasks.evaluate.measure import MEASURE
 from crane_tasks.evaluate.stage import EVALUATE
+from crane_tasks.magnitudes import MAGNITUDES
+from crane_tasks.moments import MOMENTS
 from crane_tasks.projector import PROJECTOR
 from crane_tasks.recipe import Recipe
 from crane_tasks.scores.stability import STABILITY
@@ -22,8 +26,17 @@ from crane_tasks.session import Context
 from crane_tasks.stage import Keys, Stage, closure
 from crane_tasks.threshold import THRESHOLD
 
-STAGES = (CALIBRATION, DELTA, THRESHOLD, SCORES, PROJECTOR, APPLY, EVALUATE)
-NAMES = tuple(stage.name for stage in STAGES)
+STAGES = (
+    CALIBRATION,
+    DELTA,
+    THRESHOLD,
+    SCORES,
+    PROJECTOR,
+    MOMENTS,
+    MAGNITUDES,
+    APPLY,
+    EVALUATE,
+)
 # All that have artifacts: the sets, what is kept beside a stage, a model's measurements.
 ARTIFACTS = tuple(s for s in (*closure(STAGES), STABILITY, MEASURE) if s.schema is not None)
 
@@ -40,9 +53,8 @@ def used(recipe: Recipe) -> list[Stage]:
     inputs = {i.role for stage in STAGES for i in stage.inputs.values() if isinstance(i, Stage)}
     ends = [s for s in STAGES if s.role not in inputs and s.schema is not None]
     reached = list(closure(ends, recipe))
-    roles = {stage.role for stage in reached}
     groups = (s for s in STAGES if s.schema is None)
-    return [*reached, *(g for g in groups if any(p.role in roles for p in closure([g])))]
+    return [*reached, *(g for g in groups if any(i in reached for i in g.inputs.values()))]
 
 
 def keys_of(ctx: Context) -> Keys:

@@ -35,7 +35,14 @@ class OpenGate(Protocol):
 
 
 class OpenProjection(Protocol):
-    """P with its artifact open."""
+    """P with its artifacts open."""
+
+    def __call__(self, slot: Slot, expert: int, step: Tensor) -> Tensor:
+        """P(step): without what the inputs of its tensors say is to be protected."""
+
+
+class OpenSpectral(OpenProjection, Protocol):
+    """P by directions, of which a share is removed."""
 
     def site(self, slot: Slot, width: int) -> Site | None:
         """The site whose basis protects a tensor with inputs of `width`, or None."""
@@ -45,9 +52,6 @@ class OpenProjection(Protocol):
 
     def weights(self, sigma: Tensor) -> Tensor:
         """How much of each direction is removed: in the dtype of `sigma` [r]."""
-
-    def __call__(self, slot: Slot, expert: int, step: Tensor) -> Tensor:
-        """P(step): without what lies in protected directions of the tensors' inputs."""
 
 
 @dataclass(frozen=True)
@@ -59,12 +63,14 @@ class Part:
         fields: the recipe's fields that it reads besides the section `merge`; they enter the key.
         words: how the card tells it.
         version: of its formula; changed, what it was applied in is computed again.
+        foretold: whether the forecast's sums say what it makes of an edit.
     """
 
     stages: tuple[Stage, ...] = ()
     fields: tuple[str, ...] = ()
     words: str = ""
     version: int = 1
+    foretold: bool = True
 
     def check(self, ctx: Context, keys: Keys) -> None:
         """Refuse what is known to be wrong before anything dear."""

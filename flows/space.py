@@ -6,25 +6,28 @@ from typing import TYPE_CHECKING, Any
 from crane_tasks.edit import edit_of
 from crane_tasks.known_parts import THRESHOLDS
 from crane_tasks.parts import Part
+from crane_tasks.projections import PROJECTIONS
 from crane_tasks.recipe import Recipe, field_of
 
 if TYPE_CHECKING:
     from optuna import Trial
 
 # Without task_arithmetic: with one donor it is the formula of `linear`.
-METHODS = ("crane", "elementwise", "ties", "dare", "slerp", "linear")
+METHODS = ("crane", "regmean", "elementwise", "ties", "dare", "aim", "slerp", "linear")
 FREE = "crane"  # whose parts are chosen one by one; the other methods are what they are
 PARTS = {
     "threshold": ("median", "top", "drop", "agreed", "none"),
     "gate": ("taylor", "flat"),
-    "projection": ("sigmoid", "hard", "ridge", "none"),
+    "projection": ("sigmoid", "hard", "ridge", "regression", "aim", "none"),
 }
 WITH_DENSITY = ("median", "top", "drop")  # the thresholds that read `merge.density`
 OWN = {"threshold": "median", "gate": "taylor", "projection": "sigmoid"}  # of FREE
 SITES = ("published", "all")
-# Beyond alpha 1 a linear edit leaves the donor behind; T doubles, so the published alphas are
-# 0.15 and 0.25. Tau runs a decade to either side of the published 0.03.
-ALPHA, TAU, DENSITY, FACTOR = (0.05, 1.2), (0.003, 0.3), (0.05, 0.95), (0.5, 1.5)
+# Beyond alpha 1 a linear edit leaves the donor behind, and one that a projection shrank makes up
+# for it; T doubles, so the published alphas are 0.15 and 0.25. Tau runs a decade to either side
+# of the published 0.03.
+ALPHA, TAU, DENSITY, FACTOR = (0.05, 1.5), (0.003, 0.3), (0.05, 0.95), (0.5, 1.5)
+PROTECT, OMEGA = (0.03, 30.0), (0.0, 1.0)
 # What one factor of `merge.scales` is chosen for.
 GROUPS = {"attention": ("attention", "linear_attn"), "feed_forward": ("ffn", "expert",
           "shared_expert")}  # fmt: skip
@@ -60,6 +63,8 @@ class Space:
             "alpha": self._around(ALPHA, self.recipe.alpha),
             "tau": self._around(TAU, self.recipe.tau),
             "density": self._around(DENSITY, self.recipe.merge.density),
+            "protect": self._around(PROTECT, self.recipe.merge.protect),
+            "omega": OMEGA,
             "factor": FACTOR,
             "groups": self.groups,
         }
@@ -75,6 +80,8 @@ class Space:
             "method": method,
             "sites": self.recipe.projector.sites,
             "density": 0.5 if merge.density is None else merge.density,
+            "protect": merge.protect,
+            "omega": merge.omega,
             **parts,
             **{f"scale_{group}": 1.0 for group in self.groups},
         }
@@ -91,7 +98,12 @@ class Space:
         edit = edit_of(self.recipe.model_copy(update={"merge": self.recipe.merge.model_copy(
             update=merge)}))  # fmt: skip
         tau = self.recipe.tau
-        if edit.projection is not None:
+        if edit.projection is PROJECTIONS["regression"]:
+            bounds = self._around(PROTECT, self.recipe.merge.protect)
+            changes["merge.protect"] = _short(trial.suggest_float("protect", *bounds, log=True))
+        elif edit.projection is PROJECTIONS["aim"]:
+            changes["merge.omega"] = _short(trial.suggest_float("omega", *OMEGA))
+        elif edit.projection is not None:
             tau = _short(trial.suggest_float("tau", *self._around(TAU, tau), log=True))
             changes["projector.sites"] = trial.suggest_categorical("sites", SITES)
         changes["merge.density"] = self._density(trial, edit.threshold)

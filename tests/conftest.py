@@ -27,6 +27,8 @@ from crane_tasks.recipe_file import load_recipe
 ONE_BY_ONE = 1  # a limit of tokens that puts every item into a batch of its own
 # The libraries' million objects stay: to look through all of them 25 times takes 10 s.
 gc.set_threshold(700, 10, 1000)
+# The stages of a merge by the method's own edit, in order.
+NAMES = ("calibration", "delta", "threshold", "scores", "projector", "apply", "evaluate")
 # All tests of the walk, the stages and the commands run on these.
 ARCHITECTURES = ("qwen3", "qwen3_moe", "qwen3_next")
 REFERENCE = Path(__file__).parents[2] / "shared" / "reference"

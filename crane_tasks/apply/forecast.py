@@ -9,6 +9,7 @@ the gate predicts is reported beside what came of it; nothing is decided by it.
 
 import math
 from collections.abc import Iterator
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from crane_tasks.apply.editor import SLERP_SHARE
 from crane_tasks.delta import DELTA, read_stacked_delta
 from crane_tasks.edit import OpenEdit, edit_of, edit_stages, not_of_edit, open_edit
 from crane_tasks.models.files.layout import Slot, layer_of_unit, unit_name
+from crane_tasks.parts import OpenSpectral
 from crane_tasks.projector import PROJECTOR
 from crane_tasks.scores.gradients import GRADIENTS, SETS, read_gradient
 from crane_tasks.scores.reading import layer_sums
@@ -66,7 +68,7 @@ FORECAST = Stage(
         **{role: stage for role, stage in edit_stages().items() if role != SCORES.role},
     },
     without=lambda recipe: set(not_of_edit(recipe)) - {GRADIENTS.role},
-    used=lambda recipe: edit_of(recipe).gate is not None,
+    used=lambda recipe: edit_of(recipe).foretold,
     possible=lambda ctx, keys: ctx.store.has(keys[GRADIENTS]),
     write=write_forecast,
 )
@@ -78,7 +80,8 @@ def _slot_sums(
     """The slot's sums by group: [sets, 1 + rank] in float64, on the device."""
     base, device = ctx.pair().base, ctx.torch_device
     width = (base.pieces[slot.name][0].shape or (1,))[-1]
-    site = edit.projection.site(slot, width) if edit.projection else None
+    projection = _spectral(edit)
+    site = projection.site(slot, width) if projection else None
     routed = site is not None and site.side == "routed"
     for experts in portions(base, slot):
         weight = base.read_stack(slot.name, experts).to(device)
@@ -94,11 +97,16 @@ def _slot_sums(
         for some in [slice(i, i + 1) for i in range(len(numbers))] if routed else [slice(None)]:
             own = numbers[some.start] if routed else 0
             directions = None
-            if site is not None and edit.projection is not None:
-                directions = edit.projection.directions(slot, site, own)
+            if site is not None and projection is not None:
+                directions = projection.directions(slot, site, own)
             rows = [group_row(step[some], g[some], directions) for g in grads]
             name = site.name if site is not None and directions is not None else ""
             yield (slot.component, name, own), torch.stack(rows)
+
+
+def _spectral(edit: OpenEdit) -> OpenSpectral | None:
+    """P of an edit that is foretold."""
+    return cast("OpenSpectral | None", edit.projection)
 
 
 def group_row(step: Tensor, gradient: Tensor, directions: Tensor | None) -> Tensor:
@@ -146,9 +154,10 @@ def predicted_changes(ctx: Context, keys: Keys) -> dict[str, float]:
 
 def _removed(edit: OpenEdit, sigma: Tensor, own: int, along: Tensor) -> float:
     """Σ_i w_i of what lies along each direction."""
-    assert edit.projection is not None
+    projection = _spectral(edit)
+    assert projection is not None
     sigma = sigma[own] if sigma.dim() > 1 else sigma
-    weight = edit.projection.weights(sigma[sigma > 0])
+    weight = projection.weights(sigma[sigma > 0])
     return float(along[: weight.numel()] @ weight)
 
 

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from crane_tasks.errors import RecipeError
+from crane_tasks.merge_section import TokenRows
 from crane_tasks.models.files.tokenizer import added_ids, load_tokenizer
 from crane_tasks.models.files.vocabularies import Unlike
-from crane_tasks.recipe import TokenRows
 from crane_tasks.session import Context
 from crane_tasks.sizes import PLAIN
 

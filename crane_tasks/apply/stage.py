@@ -26,10 +26,11 @@ from crane_tasks.apply.windows import parts_of_entry
 from crane_tasks.delta import DELTA, read_statistics
 from crane_tasks.edit import edit_fields, edit_of, edit_stages, not_of_edit, slot_scales
 from crane_tasks.errors import RecipeError
+from crane_tasks.merge_section import LmHead, Merge
 from crane_tasks.models.files.safetensors_io import ShardWriter
 from crane_tasks.numerics.edit import EditSums
 from crane_tasks.parallel import spread_units
-from crane_tasks.recipe import LmHead, Merge, field_of
+from crane_tasks.recipe import field_of
 from crane_tasks.session import Context
 from crane_tasks.sizes import sizes_of
 from crane_tasks.stage import BASE, SIDE_FILES, TOKENIZER, Keys, Needs, Source, Stage

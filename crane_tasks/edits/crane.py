@@ -1,7 +1,8 @@
 """CRANE (arXiv 2605.14084): θ = θ_base + P_τ( α · S(c, l) · T(δ) )."""
 
 from crane_tasks.edit import Edit
-from crane_tasks.known_parts import MEDIAN, SIGMOID, TAYLOR
+from crane_tasks.known_parts import MEDIAN, TAYLOR
+from crane_tasks.projections import SIGMOID
 
 EDIT = Edit(
     title="CRANE",

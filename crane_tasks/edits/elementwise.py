@@ -1,7 +1,8 @@
 """CRANE coordinate by coordinate: T keeps what both sets' losses fall along."""
 
 from crane_tasks.edit import Edit
-from crane_tasks.known_parts import AGREED, SIGMOID, TAYLOR
+from crane_tasks.known_parts import AGREED, TAYLOR
+from crane_tasks.projections import SIGMOID
 
 EDIT = Edit(
     title="elementwise gate",

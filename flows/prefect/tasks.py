@@ -171,7 +171,9 @@ POINT_TASK = stage_task(POINT, "point")
 calibration, delta, threshold, scores = (
     TASKS[name] for name in ("calibration", "delta", "threshold", "scores")
 )
-projector, apply, evaluate = (TASKS[name] for name in ("projector", "apply", "evaluate"))
+projector, moments, magnitudes, apply, evaluate = (
+    TASKS[name] for name in ("projector", "moments", "magnitudes", "apply", "evaluate")
+)
 
 
 class TaskCalls:

@@ -13,7 +13,7 @@ from crane_tasks.evaluate.metrics import BY_NAME
 from flows.opening import open_session
 from flows.sweep import sweep
 
-ALPHAS = (0.2, 0.35, 0.5, 0.65, 0.8, 1.0)
+ALPHAS = (0.2, 0.35, 0.5, 0.65, 0.8, 1.0, 1.2, 1.4)
 KEEPS = read_requirement("tool_calls>=0.99")
 SHOWN = ("reasoning_loss", "agent_loss", "tool_calls", "exact_tool_calls", "right_answers")
 VARIANTS = {
@@ -25,6 +25,8 @@ VARIANTS = {
     "crane, hard": ("merge.projection=hard",),
     "crane, ridge": ("merge.projection=ridge",),
     "elementwise": ("merge.method=elementwise",),
+    **{f"regmean {m:g}": ("merge.method=regmean", f"merge.protect={m}") for m in (0.3, 1.0, 3.0)},
+    "aim": ("merge.method=aim",),
     "linear": ("merge.method=linear",),
     "slerp": ("merge.method=slerp",),
     "ties 0.2": ("merge.method=ties", "merge.density=0.2"),

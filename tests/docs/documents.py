@@ -18,8 +18,9 @@ from recipe_fields import affected, leaves, reason  # noqa: E402
 
 from crane_tasks.edit import edit_of  # noqa: E402
 from crane_tasks.evaluate.metrics import METRICS  # noqa: E402
+from crane_tasks.merge_section import known_methods  # noqa: E402
 from crane_tasks.method import ARTIFACTS, STAGES  # noqa: E402
-from crane_tasks.recipe import Recipe, known_methods  # noqa: E402
+from crane_tasks.recipe import Recipe  # noqa: E402
 from crane_tasks.recipe_file import recipe_from  # noqa: E402
 from crane_tasks.stage import Stage  # noqa: E402
 

@@ -54,7 +54,7 @@ def test_what_the_diffs_of_extending_add_can_be_loaded(tmp_path: Path) -> None:
     subprocess.run(["git", "apply", "change.diff"], cwd=tmp_path, check=True)
     load = (
         "from crane_tasks.edit import edit_named; from crane_tasks.method import STAGES; "
-        "from crane_tasks.recipe import known_methods; "
+        "from crane_tasks.merge_section import known_methods; "
         "print([s.name for s in STAGES], {m: list(edit_named(m).stages) for m in known_methods()})"
     )
     done = subprocess.run(

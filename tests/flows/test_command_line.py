@@ -13,10 +13,8 @@ from typing import Any
 import pytest
 import torch
 from bench import Bench as Shared
-from conftest import TinyPair, load_tensors, save_tensors
+from conftest import NAMES, TinyPair, load_tensors, save_tensors
 from crane_process import INTERRUPT, crane, reached, script, stopped
-
-from crane_tasks.method import NAMES
 
 Pairs = Callable[[str], TinyPair]
 MERGE_KEYS = {"name", "output", "alpha", "tau", "stages", "scores", "edit", "evaluation"}

@@ -12,13 +12,12 @@ from uuid import UUID
 
 import pytest
 import torch
-from conftest import TinyPair, load_tensors, save_tensors
+from conftest import NAMES, TinyPair, load_tensors, save_tensors
 from prefect_graph import task_runs
 from prefect_site import free_port
 
 from artifacts.store import Store
 from artifacts.tensors import chunk_files
-from crane_tasks.method import NAMES
 from crane_tasks.session import Session
 from flows.merge import merge
 from flows.opening import open_session

@@ -11,12 +11,11 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import TinyPair
+from conftest import NAMES, TinyPair
 from crane_process import reached
 from prefect_site import Site, end_family, running, wait_until
 
 from artifacts.store import Store
-from crane_tasks.method import NAMES
 from crane_tasks.session import Session
 from flows.merge import merge
 

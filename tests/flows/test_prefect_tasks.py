@@ -6,11 +6,11 @@ from pathlib import Path
 from uuid import UUID
 
 import pytest
-from conftest import TinyPair
+from conftest import NAMES, TinyPair
 from prefect_graph import edges, task_runs
 
 from crane_tasks.errors import CraneError
-from crane_tasks.method import NAMES, keys_of
+from crane_tasks.method import keys_of
 from crane_tasks.session import open_context
 from flows.opening import open_session
 

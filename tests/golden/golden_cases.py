@@ -22,17 +22,19 @@ from crane_tasks.calibration.sets import TokenSet
 from crane_tasks.delta import decode, encode
 from crane_tasks.evaluate.measure import format_positions
 from crane_tasks.evaluate.metrics import METRICS, Answers, Measured, table_identity
+from crane_tasks.magnitudes import absolute_sums
+from crane_tasks.merge_section import LmHead, TokenRows
 from crane_tasks.method import ARTIFACTS
 from crane_tasks.models.files.tokenizer import load_tokenizer
 from crane_tasks.models.walk.gradients import Accumulator
 from crane_tasks.numerics.hashing import seed_of
 from crane_tasks.numerics.projector import basis_from_gram, gram, project, protection
+from crane_tasks.numerics.regression import regression, relaxed
 from crane_tasks.numerics.rounding import round_stochastic
 from crane_tasks.numerics.scores import GainSums, normalised, pooled
 from crane_tasks.numerics.slerp import slerp
 from crane_tasks.numerics.stability import dealt, halves, spearman, union_gains, union_weights
 from crane_tasks.numerics.threshold import keep_above, median_magnitude
-from crane_tasks.recipe import LmHead, TokenRows
 from crane_tasks.scores.gradients import KEPT
 
 Numbers = dict[str, Any]
@@ -128,6 +130,24 @@ def projector_case() -> Numbers:
             "rows": basis.rows,
         }
     return found
+
+
+def moments_case() -> Numbers:
+    """The moments of two sets, and what the regression keeps of an update by them."""
+    sets = [gram(wave(12, 4, seed=s) * 0.4 ** torch.arange(4)) / 12 for s in (2.1, 2.2)]
+    update = wave(2, 4, seed=2.3).double()
+    kept = {f"protect {m:g}": regression(*sets, m) for m in (0.3, 3.0)}
+    return {
+        "moments": [c.tolist() for c in sets],
+        "kept": {name: (update @ m).tolist() for name, m in kept.items() if m is not None},
+    }
+
+
+def magnitudes_case() -> Numbers:
+    """The mean absolute inputs of channels, and what AIM leaves of an update by them."""
+    rows = format_rows()
+    mean = (absolute_sums(rows) / rows.shape[0]).float()
+    return {"mean": mean.tolist(), "relaxed": relaxed(wave(2, 6, seed=2.3), mean, 0.4).tolist()}
 
 
 def apply_case() -> Numbers:
@@ -266,6 +286,8 @@ CASES: dict[str, Callable[[], Numbers]] = {
     "gradients": gradients_case,
     "scores": scores_case,
     "projector": projector_case,
+    "moments": moments_case,
+    "magnitudes": magnitudes_case,
     "forecast": forecast_case,
     "apply": apply_case,
     "stability": stability_case,

@@ -62,6 +62,8 @@ OTHERS: dict[str, Any] = {
     "merge.gate": "flat",
     "merge.projection": "none",
     "merge.density": 0.3,
+    "merge.protect": 0.5,
+    "merge.omega": 0.5,
     "merge.scales": {"attention": 0.5},
     "merge.router": "slerp",
     "merge.embedding.scale": 0.1,

@@ -10,13 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TinyPair, load_tensors, save_tensors
+from conftest import NAMES, TinyPair, load_tensors, save_tensors
 from tiny_merge import merged, staged, statuses, weight_bytes
 
 from artifacts.store import Store
 from artifacts.tensors import chunk_files
 from crane_tasks.errors import BadInput, CheckpointError, OutputError, RecipeError
-from crane_tasks.method import NAMES
 from crane_tasks.report.sweep import check_sweep_folder
 from crane_tasks.session import Session
 from flows.merge import compute_scores

@@ -6,14 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import TinyPair, build_pair, load_tensors, save_tensors
+from conftest import NAMES, TinyPair, build_pair, load_tensors, save_tensors
 from tiny_merge import fused, merged, per_expert, same_bits, staged, statuses, weight_bytes
 
 from artifacts.store import Store
 from artifacts.tensors import chunk_files
 from crane_tasks.apply.output import shard_plan
 from crane_tasks.errors import OutputError
-from crane_tasks.method import NAMES
 from crane_tasks.models.files.checkpoint import Checkpoint
 
 AFTER_SCORES = {"scores", "apply", "evaluate"}

@@ -23,9 +23,9 @@ from crane_tasks.calibration.stages import AGENT, FORMAT, REASONING
 from crane_tasks.calibration.targets import check_targets
 from crane_tasks.errors import DataError, RecipeError
 from crane_tasks.evaluate.answers import final_answer, tool_calls
+from crane_tasks.merge_section import LmHead, TokenRows
 from crane_tasks.method import keys_of
 from crane_tasks.models.files.tokenizer import load_tokenizer
-from crane_tasks.recipe import LmHead, TokenRows
 from crane_tasks.recipe_file import load_recipe
 from crane_tasks.rows import RowSet, load_rows
 from crane_tasks.session import Context, open_context

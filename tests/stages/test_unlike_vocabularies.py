@@ -14,11 +14,11 @@ from crane_tasks.apply.rows import check_rows, row_factors
 from crane_tasks.apply.stage import APPLY
 from crane_tasks.calibration.stages import REASONING
 from crane_tasks.errors import CheckpointError, RecipeError
+from crane_tasks.merge_section import TokenRows
 from crane_tasks.method import keys_of
 from crane_tasks.models.check import check_tokenizers
 from crane_tasks.models.files.tokenizer import load_tokenizer
 from crane_tasks.models.files.vocabularies import unlike_tokens
-from crane_tasks.recipe import TokenRows
 from crane_tasks.session import Context, open_context
 
 NAMES = ("tokenizer.json", "tokenizer_config.json")

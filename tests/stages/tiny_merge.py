@@ -149,13 +149,21 @@ class PlainMerge:
         found: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return found
 
+    def tokens(self, kind: str) -> list[tuple[list[int], list[int]]]:
+        """Prompt and target of each row of a target set."""
+        return [
+            (
+                self._ids(self._rendered(row) + "<|im_start|>assistant\n"),
+                [*self._ids(row["completion"]), self.tokenizer.eos_token_id],
+            )
+            for row in self._rows(kind)
+        ]
+
     def gradients(self, kind: str) -> dict[str, Tensor]:
         """Of the mean of a set's losses, rounded to bfloat16 as they are kept."""
         self.model.zero_grad()
-        rows = self._rows(kind)
-        for row in rows:
-            prompt = self._ids(self._rendered(row) + "<|im_start|>assistant\n")
-            target = [*self._ids(row["completion"]), self.tokenizer.eos_token_id]
+        rows = self.tokens(kind)
+        for prompt, target in rows:
             logits = self.model(torch.tensor([prompt + target]), use_cache=False).logits[0]
             logs = logits[len(prompt) - 1 : -1].double().log_softmax(-1)
             loss = -logs[torch.arange(len(target)), torch.tensor(target)].mean()
@@ -206,9 +214,17 @@ class PlainMerge:
         near = [any(abs(i - h) <= 3 for h in hits) for i in range(len(ids))]
         return ids, torch.tensor(near)
 
-    @torch.no_grad()
     def _inputs(self) -> dict[str, Tensor]:
         """Module or expert name -> the rows of its input at the format positions."""
+        return self.inputs_of([self._format_rows(row) for row in self._rows("format")])
+
+    def whole(self, kind: str) -> list[tuple[list[int], Tensor]]:
+        """Token ids of a target set's rows, prompt and target, and all their positions."""
+        return [(p + t, torch.ones(len(p + t), dtype=torch.bool)) for p, t in self.tokens(kind)]
+
+    @torch.no_grad()
+    def inputs_of(self, items: list[tuple[list[int], Tensor]]) -> dict[str, Tensor]:
+        """The same at the positions of a mask bool [T] in each row of token ids."""
         chosen: dict[str, list[Tensor]] = {}
         rows: dict[str, Tensor] = {}
 
@@ -228,8 +244,7 @@ class PlainMerge:
             for name, module in self.model.named_modules()
             if name.endswith(kinds)
         ]
-        for row in self._rows("format"):
-            ids, rows["mask"] = self._format_rows(row)
+        for ids, rows["mask"] in items:
             self.model.model(torch.tensor([ids]), use_cache=False)
             self._expert_inputs(rows, chosen)
         for handle in handles:
@@ -249,7 +264,7 @@ class PlainMerge:
                 inner = torch.nn.functional.silu(gate) * up
                 chosen.setdefault(f"{place}.down_proj", []).append(inner)
 
-    def _site(self, name: str) -> Tensor | None:
+    def site(self, name: str) -> Tensor | None:
         """The activations that protect a tensor."""
         place, _, kind = name.removesuffix(".weight").rpartition(".")
         layer = ".".join(name.split(".")[:3])
@@ -282,7 +297,7 @@ class PlainMerge:
         threshold = magnitude[max(1, magnitude.numel() // 2) - 1]
         score = self.norm_score if layer is None else self.scores[layer][component]
         step = self.alpha * score * torch.where(delta.abs() > threshold, 2 * delta, 0.0).double()
-        rows = self._site(name)
+        rows = self.site(name)
         if rows is None or not rows.shape[0]:
             return step
         _, sigma, v = torch.linalg.svd(rows, full_matrices=False)
