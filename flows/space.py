@@ -31,6 +31,16 @@ PROTECT, OMEGA = (0.03, 30.0), (0.0, 1.0)
 # What one factor of `merge.scales` is chosen for.
 GROUPS = {"attention": ("attention", "linear_attn"), "feed_forward": ("ffn", "expert",
           "shared_expert")}  # fmt: skip
+# Where a search begins: settings that did well on other pairs (docs/method.md), one per kind of
+# edit, so that a small budget compares the methods before it refines one.
+STARTS: tuple[dict[str, Any], ...] = (
+    {"method": "regmean", "alpha": 1.2, "protect": 1.0},
+    {"method": "regmean", "alpha": 1.0, "protect": 0.3},
+    {"method": "linear", "alpha": 0.5},
+    {"method": "ties", "alpha": 1.0, "density": 0.2},
+    {"method": "aim", "alpha": 0.8, "omega": 0.4},
+    {"method": "crane", "alpha": 0.5, "projection": "ridge"},
+)
 DIGITS = 4  # that a number is rounded to: names of points stay readable
 
 
@@ -67,7 +77,14 @@ class Space:
             "omega": OMEGA,
             "factor": FACTOR,
             "groups": self.groups,
+            "starts": STARTS,
         }
+
+    def starts(self) -> list[dict[str, Any]]:
+        """The choices of the first trials: the recipe's own, then what did well elsewhere."""
+        own = self.own()
+        usual = {**own, **OWN, "density": 0.5}
+        return [own, *({**usual, **start} for start in STARTS)]
 
     def own(self) -> dict[str, Any]:
         """The choices that come to the recipe itself, or to what is nearest to it."""

@@ -6,7 +6,7 @@ STORE/tune/NAME-DIGEST.lock      held (flock) by the process that searches
 
 import fcntl
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -59,15 +59,18 @@ class Study:
     def note(self, name: str, value: Any) -> None:
         self._study.set_user_attr(name, value)
 
-    def ask(self, first: dict[str, Any]) -> Trial:
-        """The next trial; the first of all makes the choices of `first`."""
+    def ask(self, starts: Sequence[dict[str, Any]]) -> Trial:
+        """The next trial; the first ones make the choices of `starts`, in their order."""
         done = len(self.finished)
         waiting = self._study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
-        if not done and not waiting:
-            self._study.enqueue_trial(first)
+        if done < len(starts) and not waiting:
+            self._study.enqueue_trial(starts[done])
         self._study.sampler = optuna.samplers.TPESampler(
             seed=(self._seed * STRIDE + done) % SEEDS,
             n_startup_trials=STARTUP,
+            # An alpha belongs to its method, a tau to its projection: together, or not at all.
+            multivariate=True,
+            group=True,
             constraints_func=_gaps,
         )
         return self._study.ask()

@@ -154,7 +154,7 @@ class Search:
         trials = result.trials
         place = len(trials.points)
         self.session.progress("trials", place, trials.planned, "trials")
-        trial = study.ask(self.space.own())
+        trial = study.ask(self.space.starts())
         point, pruned = self._measured(trial, trials, f"trial {place}")
         value = point.metrics.get(OBJECTIVE.name)
         cut = pruned or point.error

@@ -50,6 +50,21 @@ def test_only_what_the_edit_reads_is_asked_for(moe_pair: TinyPair) -> None:
     assert ridge.changes["projector.sites"] == "all" and ridge.changes["merge.density"] == 0.25
 
 
+def test_a_search_begins_with_the_recipe_and_then_with_each_kind_of_edit(
+    moe_pair: TinyPair,
+) -> None:
+    recipe = moe_pair.recipe("alpha=0.31", "merge.density=0.4")
+    starts = Space(recipe, ("attention", "expert")).starts()
+    points = [suggested(recipe, **start)[0] for start in starts]
+    assert (points[0].alpha, points[0].changes) == (0.31, {})
+    methods = [p.changes.get("merge.method", "crane") for p in points[1:]]
+    assert methods == ["regmean", "regmean", "linear", "ties", "aim", "crane"]
+    assert points[1].alpha == 1.2 and "merge.protect" not in points[1].changes
+    assert points[2].changes["merge.protect"] == 0.3
+    assert points[4].changes["merge.density"] == 0.2
+    assert points[6].changes["merge.projection"] == "ridge"
+
+
 def test_the_recipes_own_values_and_factors_stay_within(moe_pair: TinyPair) -> None:
     recipe = moe_pair.recipe("alpha=2.5", "tau=0.9", "merge.scales={attention: 0.5, norm: 0}")
     own = Space(recipe, ("attention", "expert")).own()
