@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from crane_tasks.errors import CheckpointError
 from crane_tasks.models.files.checkpoint import Checkpoint
 from crane_tasks.models.walk.gradients import Gradients, GradientWalk
-from crane_tasks.models.walk.losses import LOGIT_BYTES, Item, item_losses
+from crane_tasks.models.walk.losses import LOGIT_BYTES, Item, item_losses, losses_of_sets
 from crane_tasks.models.walk.pace import WalkStep
 from crane_tasks.models.walk.states import States
 from crane_tasks.models.walk.stream import LayerStream
@@ -372,6 +372,18 @@ def test_losses_of_the_walk_are_the_losses_of_the_forward_pass_alone(
     for name, items in make_items().items():
         losses, _ = item_losses(make_stream(tiny_pair.base), items, quiet)
         assert walked.losses[name] == losses
+
+
+def test_sets_in_one_walk_have_the_bits_of_each_alone(tiny_pair: TinyPair) -> None:
+    sets = list(make_items().values())
+    steps: list[WalkStep] = []
+    together = losses_of_sets(make_stream(tiny_pair.base), sets, steps.append)
+    for items, (losses, states) in zip(sets, together, strict=True):
+        alone, own = item_losses(make_stream(tiny_pair.base), items, quiet)
+        assert losses == alone
+        assert all(torch.equal(a, b) for a, b in zip(states, own, strict=True))
+    # Once through the layers, whatever the number of sets.
+    assert len(sets) > 1 and sum(step.between for step in steps) == 2
 
 
 # Models that cannot be walked

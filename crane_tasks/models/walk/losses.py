@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from crane_tasks.models.walk.batches import batched, unpadded
+from crane_tasks.models.walk.batches import Batch, batched, unpadded
 from crane_tasks.models.walk.pace import OnStep, Pace
 from crane_tasks.models.walk.passage import Passage
 from crane_tasks.models.walk.stream import LayerStream
@@ -39,7 +39,22 @@ def item_losses(
     stream: LayerStream, items: list[Item], on_step: OnStep
 ) -> tuple[list[float], list[Tensor]]:
     """Each item's mean token NLL, and its state [T, d] after the last layer; forward only."""
-    batches = batched([item.ids for item in items], stream.batch_tokens)
+    return losses_of_sets(stream, [items], on_step)[0]
+
+
+@torch.no_grad()
+def losses_of_sets(
+    stream: LayerStream, sets: Sequence[list[Item]], on_step: OnStep
+) -> list[tuple[list[float], list[Tensor]]]:
+    """`item_losses` of several sets in one walk: every weight is read once.
+
+    No batch holds items of two sets, so that a set's losses have the same bits in any company.
+    """
+    batches, owners = list[Batch](), list[int]()
+    for number, items in enumerate(sets):
+        own = batched([item.ids for item in items], stream.batch_tokens)
+        batches += own
+        owners += [number] * len(own)
     passage = Passage(stream, batches, 2)
     count = stream.num_layers
     pace = Pace(on_step, layers=count, tokens=passage.tokens, passes=count)
@@ -48,16 +63,16 @@ def item_losses(
         with stream.layer(layer) as module:
             passage.push(module, layer, pace)
         pace.layer()
-    losses, states = [math.nan] * len(items), [torch.empty(0)] * len(items)
+    found = [([math.nan] * len(items), [torch.empty(0)] * len(items)) for items in sets]
     with stream.head():
-        for batch, h in zip(batches, passage.hidden, strict=True):
+        for number, batch, h in zip(owners, batches, passage.hidden, strict=True):
+            items, (losses, states) = sets[number], found[number]
             of_batch, _ = batch_losses(
                 stream, passage.keeper.fetch(h), [items[i] for i in batch.items]
             )
-            own = unpadded(batch, h)
-            for place, loss, state in zip(batch.items, of_batch, own, strict=True):
+            for place, loss, state in zip(batch.items, of_batch, unpadded(batch, h), strict=True):
                 losses[place], states[place] = loss, state
-    return losses, states
+    return found
 
 
 def batch_losses(
