@@ -37,19 +37,18 @@ def shard_plan(base: Checkpoint, shard_size: int | None) -> list[Shard]:
     A tensor larger than that has a file of its own.
     """
     if shard_size is None:
-        return [
-            Shard(
-                file.name,
-                tuple(e for e in base.entries.values() if e.file == file),
-                base.metadata[file],
-            )
-            for file in base.files
-        ]
+        by_file: dict[Path, list[Entry]] = {file: [] for file in base.files}
+        for entry in base.entries.values():
+            by_file[entry.file].append(entry)
+        return [Shard(f.name, tuple(own), base.metadata[f]) for f, own in by_file.items()]
     groups: list[list[Entry]] = [[]]
+    filled = 0
     for entry in base.entries.values():
-        if groups[-1] and sum(e.nbytes for e in groups[-1]) + entry.nbytes > shard_size:
+        if groups[-1] and filled + entry.nbytes > shard_size:
             groups.append([])
+            filled = 0
         groups[-1].append(entry)
+        filled += entry.nbytes
     metadata = base.metadata[base.files[0]]
     if len(groups) == 1:
         return [Shard(SINGLE, tuple(groups[0]), metadata)]
