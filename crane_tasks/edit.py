@@ -147,6 +147,11 @@ class OpenEdit:
         """α · S(c, l)."""
         return self.alpha * (1.0 if self.gate is None else self.gate(layer, component))
 
+    def tensor_factor(self, slot: Slot, expert: int) -> float:
+        """α · S of one tensor, with the recipe's further factor."""
+        score = 1.0 if self.gate is None else self.gate.of(slot, expert)
+        return self.alpha * score * self.scale_of(slot)
+
     def kept(
         self, slot: Slot, experts: Sequence[int], first: int, delta: Tensor, sign: int = 1
     ) -> Tensor:
@@ -163,10 +168,14 @@ class OpenEdit:
         `delta` is δ (`sign` 1) or -δ (-1), of which it is the negative edit; it may be
         overwritten. Several experts only if one basis serves them all.
         """
-        factor = self.factor(slot.layer, slot.component) * self.scale_of(slot)
-        if factor == 0:
+        factors = [self.tensor_factor(slot, expert) for expert in experts]
+        if not any(factors):
             return torch.zeros_like(delta)
-        step = self.kept(slot, experts, first, delta, sign).mul_(factor)
+        step = self.kept(slot, experts, first, delta, sign)
+        if len(set(factors)) == 1:
+            step.mul_(factors[0])
+        else:
+            step.mul_(step.new_tensor(factors).view(-1, *[1] * (step.dim() - 1)))
         return self._projected(slot, experts, step)
 
     def unscaled(

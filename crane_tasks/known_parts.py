@@ -1,7 +1,8 @@
 """T and S by the names that a recipe has for them. (P: `projections.py`.)"""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from threading import Lock
 
@@ -21,7 +22,7 @@ from crane_tasks.parts import (
 )
 from crane_tasks.scores.gradients import GRADIENTS, SETS, read_gradient
 from crane_tasks.scores.reading import Scores
-from crane_tasks.scores.stage import SCORES, check_baseline, scores_of
+from crane_tasks.scores.stage import SCORES, check_baseline, scores_of, tensor_scores
 from crane_tasks.session import Context
 from crane_tasks.stage import Keys
 from crane_tasks.threshold import THRESHOLD, density_scale, read_thresholds
@@ -147,8 +148,23 @@ class TaylorGate(GatePart):
         check_baseline(ctx, keys)
 
     def open(self, ctx: Context, keys: Keys) -> OpenGate:
-        scores: Scores = scores_of(ctx, keys)
-        return scores.at
+        own = {} if ctx.recipe.gate.per == "component" else tensor_scores(ctx, keys)
+        return _Taylor(scores_of(ctx, keys), own)
+
+
+@dataclass(frozen=True)
+class _Taylor:
+    """S per component and layer, and by a tensor's name where it has one of its own."""
+
+    scores: Scores
+    own: Mapping[str, float]
+
+    def __call__(self, layer: int | None, component: str) -> float:
+        return self.scores.at(layer, component)
+
+    def of(self, slot: Slot, expert: int) -> float:
+        score = self.own.get(slot.tensor_name(expert)) if self.own else None
+        return self(slot.layer, slot.component) if score is None else score
 
 
 MEDIAN = MedianThreshold(
@@ -162,7 +178,7 @@ AGREED = AgreedThreshold(
 )
 TAYLOR = TaylorGate(
     stages=(SCORES,),
-    fields=("gate.baseline", "gate.unify"),
+    fields=("gate.baseline", "gate.unify", "gate.per"),
     words="S weighs components and layers by what reasoning and agent calibration sets agree on.",
 )
 THRESHOLDS: dict[str, ThresholdPart | None] = {

@@ -33,6 +33,9 @@ class OpenGate(Protocol):
     def __call__(self, layer: int | None, component: str) -> float:
         """The factor of a component in a layer, or (None) outside the layers."""
 
+    def of(self, slot: Slot, expert: int) -> float:
+        """The factor of one tensor: its component's, unless the gate is finer."""
+
 
 class OpenProjection(Protocol):
     """P with its artifacts open."""

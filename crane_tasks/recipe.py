@@ -111,6 +111,11 @@ class Gate(Section):
     unify: bool = Field(
         default=False, description="shared experts scored with experts, linear with attention"
     )
+    per: Literal["component", "tensor", "expert"] = Field(
+        default="component",
+        description="what has a score of its own in a layer: a component; each of its weights; or "
+        "each expert, with its three",
+    )
     store_gradients: bool = Field(default=True, description="keep g_R and g_A in bf16")
     compute: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto", description="auto: float32 on CPU, bfloat16 on a GPU"

@@ -31,6 +31,7 @@ PROTECT, OMEGA = (0.03, 30.0), (0.0, 1.0)
 # What one factor of `merge.scales` is chosen for.
 GROUPS = {"attention": ("attention", "linear_attn"), "feed_forward": ("ffn", "expert",
           "shared_expert")}  # fmt: skip
+PER = ("component", "tensor", "expert")
 # Where a search begins: settings that did well on other pairs (docs/method.md), one per kind of
 # edit, so that a small budget compares the methods before it refines one.
 STARTS: tuple[dict[str, Any], ...] = (
@@ -70,6 +71,7 @@ class Space:
             "methods": self.methods,
             "parts": {**PARTS, "threshold": self.thresholds},
             "sites": SITES,
+            "per": PER,
             "alpha": self._around(ALPHA, self.recipe.alpha),
             "tau": self._around(TAU, self.recipe.tau),
             "density": self._around(DENSITY, self.recipe.merge.density),
@@ -98,6 +100,7 @@ class Space:
             "sites": self.recipe.projector.sites,
             "density": 0.5 if merge.density is None else merge.density,
             "protect": merge.protect,
+            "per": self.recipe.gate.per,
             "omega": merge.omega,
             **parts,
             **{f"scale_{group}": 1.0 for group in self.groups},
@@ -123,6 +126,8 @@ class Space:
         elif edit.projection is not None:
             tau = _short(trial.suggest_float("tau", *self._around(TAU, tau), log=True))
             changes["projector.sites"] = trial.suggest_categorical("sites", SITES)
+        if edit.gate is not None:
+            changes["gate.per"] = trial.suggest_categorical("per", PER)
         changes["merge.density"] = self._density(trial, edit.threshold)
         if not edit.spherical:
             changes["merge.scales"] = self._scales(trial)

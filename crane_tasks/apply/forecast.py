@@ -68,7 +68,8 @@ FORECAST = Stage(
         **{role: stage for role, stage in edit_stages().items() if role != SCORES.role},
     },
     without=lambda recipe: set(not_of_edit(recipe)) - {GRADIENTS.role},
-    used=lambda recipe: edit_of(recipe).foretold,
+    # Its groups are components: it knows nothing of scores that are finer.
+    used=lambda recipe: edit_of(recipe).foretold and recipe.gate.per == "component",
     possible=lambda ctx, keys: ctx.store.has(keys[GRADIENTS]),
     write=write_forecast,
 )

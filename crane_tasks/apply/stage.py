@@ -49,11 +49,12 @@ def edit_config(ctx: Context) -> Mapping[str, Any]:
     # Keys are older than versions of edits and than some fields: at their defaults, in no key.
     if set(edit.versions) != {1}:
         config["versions"] = edit.versions
-    if not config.get("unify", True):
-        del config["unify"]
-    usual = Merge().model_dump(mode="json")
+    for name, usual in (("unify", False), ("per", "component")):
+        if config.get(name) == usual:
+            del config[name]
+    own = Merge().model_dump(mode="json")
     merge = config["merge"]
-    config["merge"] = {k: v for k, v in merge.items() if k in FIRST_FIELDS or v != usual[k]}
+    config["merge"] = {k: v for k, v in merge.items() if k in FIRST_FIELDS or v != own[k]}
     return config
 
 

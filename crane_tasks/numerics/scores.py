@@ -8,7 +8,7 @@ and layer l
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -109,6 +109,20 @@ def normalised(sums: Mapping[str, GainSums], baseline: str, place: str) -> dict[
     if not reference > 0 or not math.isfinite(reference):
         raise NoGain(baseline, place)
     return {component: raw_score(s) / reference for component, s in sums.items()}
+
+
+def refined(score: float, parts: Sequence[GainSums]) -> list[float]:
+    """S of the parts that a component of score S is made of, in the proportions of their S_raw.
+
+    Scaled so that the scored delta is as long as it was: Σ_j S_j² Σ δ_j² = S² Σ δ². Of one part
+    it is S.
+    """
+    raw = [raw_score(part) for part in parts]
+    whole = sum(part.delta2 for part in parts)
+    weighted = sum(r * r * part.delta2 for r, part in zip(raw, parts, strict=True))
+    if not weighted > 0:  # no part that moves gains anything: S is 0 already
+        return [score] * len(parts)
+    return [score * r * math.sqrt(whole / weighted) for r in raw]
 
 
 def pooled(parts: Iterable[Mapping[str, GainSums]]) -> dict[str, GainSums]:

@@ -1,7 +1,7 @@
 """S(c, l), aggregated from the sums that the stage `scores` has stored."""
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +9,7 @@ from artifacts.store import Artifact
 from artifacts.tables import read_table
 from crane_tasks.errors import ScoreError
 from crane_tasks.models.files.layout import Layout, Slot, layer_of_unit
-from crane_tasks.numerics.scores import GainSums, NoGain, normalised, pooled
+from crane_tasks.numerics.scores import GainSums, NoGain, normalised, pooled, refined
 
 
 @dataclass(frozen=True)
@@ -131,6 +131,33 @@ def _normalised(parts: Mapping[str, GainSums], baseline: str, place: str) -> dic
                 f"({', '.join(moved)})."
             )
         raise ScoreError(f"{error}, so the scores cannot be normalised. {cure}") from error
+
+
+def part_scores(
+    artifact: Artifact, scores: Scores, part_of: Callable[[str], Hashable]
+) -> dict[str, float]:
+    """S of every tensor by name, where the parts of a component have scores of their own.
+
+    Args:
+        part_of: which part of its component a tensor belongs to.
+    """
+    found: dict[str, float] = {}
+    for unit in artifact.units():
+        layer = layer_of_unit(unit)
+        sums: dict[str, dict[Hashable, GainSums]] = {}
+        places: list[tuple[str, str, Hashable]] = []
+        for name, component, row in read_table(artifact, unit, "tensors").rows(GainSums):
+            parts, part = sums.setdefault(component, {}), part_of(name)
+            parts[part] = parts.get(part, GainSums()) + row
+            places.append((name, component, part))
+        of_part = {
+            component: dict(
+                zip(parts, refined(scores.at(layer, component), list(parts.values())), strict=True)
+            )
+            for component, parts in sums.items()
+        }
+        found |= {name: of_part[component][part] for name, component, part in places}
+    return found
 
 
 # What the official script scores as one where it is asked to: a component, and whose score

@@ -25,7 +25,7 @@ from crane_tasks.models.walk.states import States
 from crane_tasks.models.walk.stream import LayerStream
 from crane_tasks.numerics.scores import GainSums, stacked_gain_sums
 from crane_tasks.scores.gradients import GRADIENTS, KEPT, SETS, read_gradient, write_gradients
-from crane_tasks.scores.reading import Scores, read_scores
+from crane_tasks.scores.reading import Scores, part_scores, read_scores
 from crane_tasks.session import Context
 from crane_tasks.sizes import gated, sizes_of
 from crane_tasks.stage import BASE, Keys, Needs, Stage
@@ -62,6 +62,21 @@ def scores_of(ctx: Context, keys: Keys) -> Scores:
     layout, gate = ctx.pair().base.layout, ctx.recipe.gate
     scores = ctx.store.open(keys[SCORES])
     return read_scores(scores, layout, gate.baseline, unify=gate.unify)
+
+
+def tensor_scores(ctx: Context, keys: Keys) -> dict[str, float]:
+    """S of every tensor by name, for a recipe whose scores are finer than its components.
+
+    Raises:
+        ScoreError: as `scores_of`.
+    """
+    base, by_expert = ctx.pair().base, ctx.recipe.gate.per == "expert"
+    parts: dict[str, int | str] = {}
+    for slot in base.slots.values():
+        for expert in range(len(base.pieces[slot.name])):
+            whole = "" if not slot.stacked else expert
+            parts[slot.tensor_name(expert)] = whole if by_expert else slot.name
+    return part_scores(ctx.store.open(keys[SCORES]), scores_of(ctx, keys), parts.__getitem__)
 
 
 def _confirm(ctx: Context, keys: Keys) -> None:

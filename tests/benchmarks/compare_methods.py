@@ -20,6 +20,8 @@ VARIANTS = {
     "crane": (),
     "crane, sites: all": ("projector.sites=all",),
     "crane, no gate": ("merge.gate=flat",),
+    "crane, S per tensor": ("gate.per=tensor",),
+    "crane, S per expert": ("gate.per=expert",),
     "crane, no T": ("merge.threshold=none",),
     "crane, no projection": ("merge.projection=none",),
     "crane, hard": ("merge.projection=hard",),

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from plain_sums import gain_sums
 from torch import Tensor
 
-from crane_tasks.numerics.scores import GainSums, NoGain, normalised, pooled, raw_score
+from crane_tasks.numerics.scores import GainSums, NoGain, normalised, pooled, raw_score, refined
 
 steady = settings(
     deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
@@ -173,3 +173,22 @@ def test_pooling_adds_component_by_component_and_skips_no_layer() -> None:
     assert total == {"ffn": GainSums(p=5.0, base2=3.0, numel=6.0), "norm": GainSums(p=12.0)}
     # Pooled first, divided after: not the mean of the layers' scores.
     assert raw_score(total["ffn"]) == pytest.approx(5 / math.sqrt(3))
+
+
+def test_finer_scores_keep_their_proportions_and_the_length_of_the_scored_delta() -> None:
+    parts = [gain_sums(*random_four((3, 5), seed)) for seed in range(4)]
+    score = 0.7
+    found = refined(score, parts)
+    ratios = [s / raw_score(part) for s, part in zip(found, parts, strict=True)]
+    assert ratios == pytest.approx([ratios[0]] * 4)
+    length = sum(s**2 * part.delta2 for s, part in zip(found, parts, strict=True))
+    assert length == pytest.approx(score**2 * sum(part.delta2 for part in parts))
+    assert len({round(s, 6) for s in found}) == 4
+    assert refined(score, parts[:1]) == pytest.approx([score])
+
+
+def test_parts_that_do_not_move_leave_the_score_to_those_that_do() -> None:
+    moved = gain_sums(*random_four((3, 5)))
+    still = GainSums(base2=2.0, numel=4.0)
+    assert refined(0.7, [moved, still]) == pytest.approx([0.7, 0.0])
+    assert refined(0.0, [still, still]) == [0.0, 0.0]

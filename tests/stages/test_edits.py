@@ -226,3 +226,35 @@ def test_unified_components_share_a_score(pairs: Pairs, tmp_path: Path) -> None:
 def test_a_method_that_is_not_there_is_refused_by_name(pairs: Pairs) -> None:
     with pytest.raises(RecipeError, match=r"merge\.method: .*one of aim, crane, dare, elementwise"):
         pairs("qwen3").recipe("merge.method=tiess")
+
+
+def test_a_finer_gate_scales_each_part_by_its_own_score(shop: Shop) -> None:
+    plain = ("merge.threshold=none", "merge.projection=none")
+    names = ("model.layers.0.mlp.experts.{}.up_proj.weight", "model.layers.0.self_attn.{}.weight")
+    experts = [names[0].format(e) for e in range(4)]
+    weights = [names[1].format(k) for k in ("q_proj", "k_proj", "v_proj", "o_proj")]
+
+    def factors(found: dict[str, Tensor], chosen: list[str]) -> list[float]:
+        """By how much of its delta each tensor moved."""
+        moved = {n: found[n].float() - shop.base[n].float() for n in chosen}
+        return [
+            float((moved[n] * shop.delta(n)).sum() / shop.delta(n).square().sum()) for n in chosen
+        ]
+
+    whole, tensor, expert = (
+        shop.tensors(*plain, f"gate.per={per}") for per in ("component", "tensor", "expert")
+    )
+    alike = {"rel": 0.02}  # all are rounded to bfloat16
+    assert factors(whole, experts) == pytest.approx([factors(whole, experts)[0]] * 4, **alike)
+    assert factors(tensor, experts) == pytest.approx([factors(tensor, experts)[0]] * 4, **alike)
+    assert len({round(f, 2) for f in factors(expert, experts)}) > 1
+    assert factors(expert, weights) == pytest.approx(factors(whole, weights), **alike)
+    assert len({round(f, 2) for f in factors(tensor, weights)}) > 1
+    for found in (tensor, expert):  # as long as that of the whole component
+        for group in ("self_attn", "experts"):
+            own = [n for n in whole if f"layers.0.{group}" in n or f"layers.0.mlp.{group}" in n]
+            sizes = [
+                sum(float((t[n].float() - shop.base[n].float()).square().sum()) for n in own)
+                for t in (whole, found)
+            ]
+            assert sizes[1] == pytest.approx(sizes[0], rel=0.02)

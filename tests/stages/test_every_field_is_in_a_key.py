@@ -52,6 +52,7 @@ OTHERS: dict[str, Any] = {
     "calibration.format.patterns": ["<tool_call>"],
     "gate.baseline": "attention",
     "gate.unify": True,
+    "gate.per": "tensor",
     "gate.store_gradients": False,
     "gate.compute": "bfloat16",
     "projector.rank": 4,
