@@ -19,15 +19,6 @@ from pydantic import (
 from crane_tasks.merge_section import Merge
 from crane_tasks.section import Endpoint, Section
 
-FORMAT_PATTERNS = (
-    "<tool_call>",
-    "</tool_call>",
-    "<tool_response>",
-    "</tool_response>",
-    "<|im_start|>",
-    "<|im_end|>",
-)
-
 
 def _kind_of_targets(value: Any) -> str:
     return "server" if isinstance(value, Mapping | Endpoint) else "side"
@@ -88,13 +79,20 @@ class AgentSet(TargetSet):
     targets: Targets = Field(default="base", description=WHO_CONTINUES)
 
 
+Patterns = Annotated[
+    tuple[Annotated[str, Field(min_length=1)], ...],
+    Field(min_length=1),
+]
+
+
 class FormatSet(RowsSection):
     """Complete conversations whose format tokens are protected."""
 
     radius: int = Field(default=3, ge=0, description="neighbours taken on either side")
     max_length: int = Field(default=4096, gt=0, description="a row's first tokens")
-    patterns: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
-        default=FORMAT_PATTERNS, min_length=1, description="texts whose tokens hold the format"
+    patterns: Patterns | None = Field(
+        default=None,
+        description="texts whose tokens hold the format; default: what the chat template sets",
     )
 
 
@@ -130,10 +128,18 @@ class Projector(Section):
     )
 
 
+CALLS = Literal[
+    "auto", "hermes", "qwen3_coder", "glm4", "mistral", "harmony", "deepseek", "llama3"
+]  # fmt: skip
+
+
 class Evaluate(Section):
     reasoning: str | None = Field(default=None, description="held-out rows, as `calibration`")
     agent: str | None = Field(default=None, description="held-out rows, as `calibration`")
     generate: int = Field(default=0, ge=0, description="answer this many held-out prompts")
+    calls: CALLS = Field(
+        default="auto", description="syntax of tool calls; auto: the rows', or the chat template's"
+    )
     max_new_tokens: int = Field(default=2048, gt=0, description=LONGEST)
     max_prompt_length: int = Field(default=2048, gt=0, description=LONGEST_PROMPT)
 

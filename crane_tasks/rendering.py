@@ -51,8 +51,8 @@ def rendered(
             f"{row.place}: ends with the assistant's turn; put that text into `completion`"
         )
     best, refusal = None, None
-    for messages in _forms(row.messages):
-        write = _writer(tokenizer, prompt, {**options, **row.options})
+    for messages in forms(row.messages):
+        write = writer(tokenizer, prompt, {**options, **row.options})
         try:
             text = write(messages, row.tools)
         except REFUSALS as error:
@@ -118,7 +118,7 @@ def turn_end(tokenizer: Any) -> Any:
     EOS need not be it: tokenizers name `<eos>` or `<|endoftext|>` where the template writes
     `<end_of_turn>` or `<|im_end|>`.
     """
-    ids = ids_of(tokenizer, _behind_mark(tokenizer, {"content": _mark(0)}).lstrip())
+    ids = ids_of(tokenizer, _behind_mark(tokenizer, {"content": mark(0)}).lstrip())
     return ids[0] if ids and ids[0] in added_ids(tokenizer) else tokenizer.eos_token_id
 
 
@@ -134,7 +134,7 @@ def call_end(tokenizer: Any) -> int | None:
     gpt-oss ends a call with `<|call|>`. Nothing to stop at: templates write `<|end|>` there,
     too, which also stands between thinking and answer.
     """
-    function = {"name": "f", "arguments": {"x": _mark(0)}}
+    function = {"name": "f", "arguments": {"x": mark(0)}}
     call = {"content": "", "tool_calls": [{"type": "function", "function": function}]}
     added = added_ids(tokenizer)
     ends = [i for i in ids_of(tokenizer, _behind_mark(tokenizer, call)) if i in added]
@@ -145,13 +145,15 @@ def _behind_mark(tokenizer: Any, turn: Mapping[str, Any]) -> str:
     """What the template writes behind the mark in an assistant's turn; empty if it shows none."""
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", **turn}]
     try:
-        text: str = _writer(tokenizer, False, NO_OPTIONS)(turns, None)
+        text: str = writer(tokenizer, False, NO_OPTIONS)(turns, None)
     except REFUSALS:
         return ""
-    return text.rpartition(_mark(0))[2] if _mark(0) in text else ""
+    return text.rpartition(mark(0))[2] if mark(0) in text else ""
 
 
-def _writer(tokenizer: Any, prompt: bool, options: Mapping[str, Any]) -> Any:
+def writer(tokenizer: Any, prompt: bool, options: Mapping[str, Any]) -> Any:
+    """The chat template as a function of messages and tools."""
+
     def write(messages: Messages, tools: Sequence[Any] | None) -> str:
         text: str = tokenizer.apply_chat_template(
             messages, tools=tools, add_generation_prompt=prompt, tokenize=False, **options
@@ -161,7 +163,7 @@ def _writer(tokenizer: Any, prompt: bool, options: Mapping[str, Any]) -> Any:
     return write
 
 
-def _forms(messages: Sequence[Mapping[str, Any]]) -> Iterator[Messages]:
+def forms(messages: Sequence[Mapping[str, Any]]) -> Iterator[Messages]:
     """The forms in which the calls of a conversation can be given; one if there are none."""
     plain = [dict(message) for message in messages]
     yield plain
@@ -185,7 +187,7 @@ def _as_text(function: Mapping[str, Any]) -> dict[str, Any]:
     return {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}
 
 
-def _mark(number: int) -> str:
+def mark(number: int) -> str:
     """A word that no conversation has, and that no template escapes or trims."""
     return f"zqx{number}kept{number}xqz"
 
@@ -199,12 +201,12 @@ class _Marks:
     def new(self, place: str) -> str:
         """A mark for a part."""
         self.places.append(place)
-        return _mark(len(self.places))
+        return mark(len(self.places))
 
     def missing(self, text: str) -> list[str]:
         """The parts whose mark a text lacks."""
         numbered = enumerate(self.places, start=1)
-        return list(dict.fromkeys(p for n, p in numbered if _mark(n) not in text))
+        return list(dict.fromkeys(p for n, p in numbered if mark(n) not in text))
 
 
 def _lost(write: Any, messages: Messages, tools: Sequence[Any] | None) -> list[str]:

@@ -10,6 +10,7 @@ import torch
 
 from artifacts.memo import DigestMemo
 from artifacts.store import Store
+from crane_tasks.calls import SYNTAXES, Syntax
 from crane_tasks.errors import RecipeError
 from crane_tasks.identity import (
     checkpoint_folder,
@@ -24,9 +25,11 @@ from crane_tasks.models.files.configs import UnlikeConfigs, unlike_configs
 from crane_tasks.models.files.folder import side_files
 from crane_tasks.models.files.memory import free_memory
 from crane_tasks.models.files.pair import Pair
+from crane_tasks.models.files.tokenizer import load_tokenizer
 from crane_tasks.models.files.vocabularies import Unlike, unlike_tokens
 from crane_tasks.models.walk.pace import WalkStep
 from crane_tasks.places import output_folder
+from crane_tasks.protocol import format_marks, syntax_of_texts, template_syntax
 from crane_tasks.recipe import Recipe, data_sources
 from crane_tasks.rows import load_rows
 
@@ -136,8 +139,35 @@ class Context:
     @cached_property
     def settled(self) -> Recipe:
         """The recipe with what "auto" came to: what keys are made of."""
-        gate = self.recipe.gate.model_copy(update={"compute": self.compute})
-        return self.recipe.model_copy(update={"gate": gate})
+        recipe, syntax = self.recipe, self.syntax()
+        gate = recipe.gate.model_copy(update={"compute": self.compute})
+        patterns = recipe.calibration.format.patterns
+        if patterns is None:
+            written = self._written(recipe.calibration.agent.data)
+            patterns = format_marks(load_tokenizer(self.base), written)
+        marked = recipe.calibration.format.model_copy(update={"patterns": patterns})
+        calibration = recipe.calibration.model_copy(update={"format": marked})
+        calls = {"calls": "auto" if syntax is None else syntax.name}
+        evaluate = recipe.evaluate.model_copy(update=calls)
+        found = {"gate": gate, "calibration": calibration, "evaluate": evaluate}
+        return recipe.model_copy(update=found)
+
+    def syntax(self) -> Syntax | None:
+        """How tool calls are written: as the recipe says, as the given targets do, or as the
+        chat template does; None if none of them says it."""
+        settings = self.recipe.evaluate
+        if settings.calls != "auto":
+            return SYNTAXES[settings.calls]
+        return self._written(settings.agent or self.recipe.calibration.agent.data)
+
+    def _written(self, data: str) -> Syntax | None:
+        rows = load_rows(self.recipe, data)
+
+        def find() -> Syntax | None:
+            given = [row.completion for row in rows.rows if row.completion is not None]
+            return syntax_of_texts(given) or template_syntax(load_tokenizer(self.base))
+
+        return self.session.kept.one(f"calls of {data}", (self.tokenizer_id, rows.digest), find)
 
     @property
     def torch_device(self) -> torch.device:

@@ -34,6 +34,8 @@ class Plan:
     name: str
     output: str
     store: str
+    calls: str  # the syntax of tool calls, or "unknown"
+    patterns: list[str]  # the texts whose tokens hold the format
     stages: list[PlannedStage]
 
     def as_json(self) -> dict[str, Any]:
@@ -52,7 +54,15 @@ def make_plan(session: Session) -> Plan:
     check_all(ctx, keys)
     check_pair(ctx.pair(), ctx.recipe.pair.allow)
     stages = [_planned(ctx, keys, stage) for stage in stages_of(keys)]
-    return Plan(session.recipe.name, str(ctx.output), str(session.store.root), stages)
+    syntax, patterns = ctx.syntax(), ctx.settled.calibration.format.patterns or ()
+    return Plan(
+        session.recipe.name,
+        str(ctx.output),
+        str(session.store.root),
+        "unknown" if syntax is None else syntax.name,
+        list(patterns),
+        stages,
+    )
 
 
 def _planned(ctx: Context, keys: Keys, stage: Stage) -> PlannedStage:

@@ -93,10 +93,12 @@ class Terminal:
 
     def evaluation(self, result: dict[str, Any]) -> None:
         """The evaluation table and the gate's prediction."""
-        from crane_tasks.report.tables import evaluation_table, prediction_table
+        from crane_tasks.report.tables import evaluation_table, prediction_table, unfinished_note
 
         if len(evaluation_table(result)[0]) > 1:
             self._table("What the models do", evaluation_table(result))
+        if note := unfinished_note(result):
+            self.out.print(note)
         if result.get("gate"):
             self._table("Change of calibration loss", prediction_table(result))
 
@@ -137,6 +139,7 @@ class Terminal:
         head = ["stage", "would be", "disk", "memory", "device", "time", "why"]
         self._table(f"Plan for {plan.name}", (head, rows))
         self.out.print(f"Output: {plan.output}\nStore:  {plan.store}", soft_wrap=True)
+        self.out.print(f"Calls:  {plan.calls}\nFormat: {' '.join(plan.patterns)}", markup=False)
         self.out.print("Memory and time are estimates; disk is what the stage will write.")
 
     def points(self, swept: "Sweep") -> None:

@@ -277,7 +277,11 @@ def write_recipe(folder: Path, **changes: Any) -> None:
         "alpha": 0.5,
         "tau": 0.03,
         "calibration": {k: {"data": f"{k}.jsonl"} for k in ("reasoning", "agent", "format")},
-        "evaluate": {"reasoning": "heldout_reasoning.jsonl", "agent": "heldout_agent.jsonl"},
+        "evaluate": {
+            "reasoning": "heldout_reasoning.jsonl",
+            "agent": "heldout_agent.jsonl",
+            "calls": "hermes",
+        },
         **changes,
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))

@@ -12,24 +12,38 @@ from crane_tasks.calibration.sets import offsets_of
 from crane_tasks.calibration.shown import texts_of
 from crane_tasks.errors import DataError
 from crane_tasks.models.files.tokenizer import load_tokenizer
-from crane_tasks.recipe import FORMAT_PATTERNS, FormatSet
+from crane_tasks.recipe import FormatSet
 from crane_tasks.rows import RowSet
 from crane_tasks.session import Context, no_notice
 
 
 def format_rows(
-    tokenizer: Any, section: FormatSet, rows: RowSet, notice: Callable[[str], None] = no_notice
+    tokenizer: Any,
+    section: FormatSet,
+    rows: RowSet,
+    notice: Callable[[str], None] = no_notice,
+    *,
+    named: bool = False,
 ) -> tuple[list[list[int]], list[Tensor]]:
     """Token ids and masks of the rows, each cut to its first `max_length` tokens.
 
+    Args:
+        named: whether the recipe names the patterns, or they are the chat template's.
+
     Raises:
         DataError: the template refuses a row, or no row holds any of the patterns, or one that
-            the recipe names. Of the usual ones, which are Qwen's, it is a notice.
+            the recipe names. Of the template's own it is a notice.
     """
-    sequences, masks, missing = [], [], dict.fromkeys(section.patterns)
+    patterns = section.patterns or ()
+    if not patterns:
+        raise DataError(
+            "calibration.format.patterns: the base's chat template sets no marks that could be "
+            "protected; name the texts that hold its format, e.g. ['<|im_start|>', '<tool_call>']"
+        )
+    sequences, masks, missing = [], [], dict.fromkeys(patterns)
     for text in texts_of(tokenizer, section, rows, False, notice):
         encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        mask = format_mask(text, encoded["offset_mapping"], section.patterns, section.radius)
+        mask = format_mask(text, encoded["offset_mapping"], patterns, section.radius)
         sequences.append(encoded["input_ids"][: section.max_length])
         masks.append(mask[: section.max_length])
         end = encoded["offset_mapping"][: section.max_length][-1:] or [(0, 0)]
@@ -38,21 +52,26 @@ def format_rows(
     if not any(bool(mask.any()) for mask in masks):
         raise DataError(
             f"{section.data}: no row holds any of the format patterns "
-            f"{', '.join(section.patterns)} within {section.max_length} tokens"
+            f"{', '.join(patterns)} within {section.max_length} tokens"
         )
     if missing:
-        _say_missing(section, list(missing), notice)
+        _say_missing(section, list(missing), notice, named)
     return sequences, masks
 
 
-def _say_missing(section: FormatSet, missing: list[str], notice: Callable[[str], None]) -> None:
+def _say_missing(
+    section: FormatSet, missing: list[str], notice: Callable[[str], None], named: bool
+) -> None:
     text = f"{section.data}: no row holds the format patterns {', '.join(missing)}"
-    if section.patterns != FORMAT_PATTERNS:
+    if named:
         raise DataError(
             f"{text} within {section.max_length} tokens, so nothing protects them. Correct "
             "calibration.format.patterns, or add rows that hold them."
         )
-    notice(f"{text}. Name your model's own in calibration.format.patterns.")
+    notice(
+        f"{text}. They are what the chat template sets; add rows that hold them, or name "
+        "those that matter in calibration.format.patterns."
+    )
 
 
 def write_format(ctx: Context, section: FormatSet, rows: RowSet, draft: Draft) -> None:

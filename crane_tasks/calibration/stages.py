@@ -178,7 +178,7 @@ HELDOUT_REASONING, HELDOUT_AGENT = (
 
 
 def _format_section(ctx: Context) -> FormatSet:
-    return ctx.recipe.calibration.format
+    return ctx.settled.calibration.format
 
 
 def _format_config(ctx: Context) -> Mapping[str, Any]:
@@ -193,7 +193,13 @@ def _format_data(ctx: Context) -> RowSet:
 def _check_format(ctx: Context, keys: Keys) -> None:
     """Render and place the patterns of a format set that is still to be made."""
     if not ctx.store.has(keys[FORMAT]):
-        format_rows(load_tokenizer(ctx.base), _format_section(ctx), _format_data(ctx), ctx.notice)
+        format_rows(
+            load_tokenizer(ctx.base),
+            _format_section(ctx),
+            _format_data(ctx),
+            ctx.notice,
+            named=ctx.recipe.calibration.format.patterns is not None,
+        )
 
 
 def _write_format(ctx: Context, keys: Keys, draft: Draft) -> None:

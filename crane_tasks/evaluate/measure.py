@@ -51,7 +51,7 @@ def measure_config(ctx: Context) -> Mapping[str, Any]:
         "compute": ctx.compute,
         "generate": settings.generate,
         "max_new_tokens": settings.max_new_tokens if settings.generate else 0,
-        "patterns": list(ctx.recipe.calibration.format.patterns),
+        "patterns": list(patterns_of(ctx)),
     }
 
 
@@ -78,6 +78,11 @@ MEASURE = Stage(
     config=measure_config,
     without=unmeasured,
 )
+
+
+def patterns_of(ctx: Context) -> tuple[str, ...]:
+    """The texts whose tokens hold the format, as the recipe or the chat template has them."""
+    return ctx.settled.calibration.format.patterns or ()
 
 
 def measured_sets(ctx: Context, keys: Keys) -> dict[str, Ref]:
@@ -123,7 +128,7 @@ def write_measurements(ctx: Context, keys: Keys, model: Model, draft: Draft) -> 
 
 def _write_losses(ctx: Context, stream: LayerStream, sets: Mapping[str, Ref], draft: Draft) -> None:
     """All sets that are missing, in one walk."""
-    tokenizer, patterns = load_tokenizer(ctx.base), ctx.recipe.calibration.format.patterns
+    tokenizer, patterns = load_tokenizer(ctx.base), patterns_of(ctx)
     missing = {n: read_set(ctx.store.open(r)) for n, r in sets.items() if not draft.done(n)}
     if not missing:
         return

@@ -4,8 +4,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from crane_tasks.calls import HERMES, Syntax
 from crane_tasks.errors import RecipeError
-from crane_tasks.evaluate.answers import final_answer, share, tool_calls
+from crane_tasks.evaluate.answers import final_answer, share
 from crane_tasks.recipe import Recipe
 
 NATS, SHARE, TOKENS = "nats", "share", "tokens"
@@ -24,11 +25,21 @@ class Answers:
     Attributes:
         texts, targets: markers included, without the end-of-sequence token.
         lengths: of the answers, in tokens.
+        unended: the places of those that were cut for lack of room, or whose target was: such
+            an answer is none.
+        syntax: in which calls are read.
     """
 
     texts: Sequence[str]
     targets: Sequence[str]
     lengths: Sequence[int]
+    unended: frozenset[int] = frozenset()
+    syntax: Syntax = HERMES
+
+    def share(self, right: Callable[[str, str], bool]) -> float:
+        """The share of answers that ended and are right beside their target."""
+        pairs = enumerate(zip(self.texts, self.targets, strict=True))
+        return share(n not in self.unended and right(*pair) for n, pair in pairs)
 
 
 @dataclass(frozen=True)
@@ -94,19 +105,20 @@ class Metric:
 
 
 def _well_formed(m: Measured) -> float:
-    return share(tool_calls(text) is not None for text in m.answers["agent"].texts)
+    answers = m.answers["agent"]
+    return answers.share(lambda text, target: answers.syntax.read(text) is not None)
 
 
 def _exact(m: Measured) -> float:
-    answers = m.answers["agent"]
-    pairs = zip(map(tool_calls, answers.texts), map(tool_calls, answers.targets), strict=True)
-    return share(calls is not None and calls == wanted for calls, wanted in pairs)
+    answers, read = m.answers["agent"], m.answers["agent"].syntax.read
+    return answers.share(
+        lambda text, target: (calls := read(text)) is not None and calls == read(target)
+    )
 
 
 def _right(m: Measured) -> float:
-    answers = m.answers["reasoning"]
-    pairs = zip(answers.texts, answers.targets, strict=True)
-    return share(final_answer(text) == final_answer(target) for text, target in pairs)
+    right = m.answers["reasoning"].share
+    return right(lambda text, target: final_answer(text) == final_answer(target))
 
 
 def _length(m: Measured) -> float:
@@ -130,18 +142,20 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "tool_calls", "tool calls", SHARE, HIGHER, ("agent", "answers"),
         _well_formed,
-        "answers whose calls are all well-formed, with no thinking block",
-        guard=1,
+        "answers that ended and whose calls are all well-formed, with no thinking block",
+        guard=1, version=2,
     ),
     Metric(
         "exact_tool_calls", "exact calls", SHARE, HIGHER, ("agent", "answers"),
         _exact,
-        "answers whose calls are the target's",
+        "answers that ended and whose calls are the target's",
+        version=2,
     ),
     Metric(
         "right_answers", "right answers", SHARE, HIGHER, ("reasoning", "answers"),
         _right,
-        "answers in which what follows `</think>` equals the target's",
+        "answers that ended and in which what follows `</think>` equals the target's",
+        version=2,
     ),
     Metric(
         "answer_tokens", "answer tokens", TOKENS, "", ("reasoning", "answers"),

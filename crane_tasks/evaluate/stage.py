@@ -13,7 +13,9 @@ from artifacts.schema import Schema
 from artifacts.store import Artifact, Built, Draft
 from crane_tasks.apply.stage import APPLY
 from crane_tasks.calibration.sets import TokenSet, read_set
+from crane_tasks.calls import HERMES, SYNTAXES
 from crane_tasks.ends import ends_of, without_end
+from crane_tasks.errors import RecipeError
 from crane_tasks.evaluate.answers import answer_text
 from crane_tasks.evaluate.measure import (
     FIELDS,
@@ -74,6 +76,9 @@ def build_heldout(ctx: Context, keys: Keys) -> None:
 
 def _config(ctx: Context) -> dict[str, Any]:
     config = {**measure_config(ctx), "metrics": table_identity()}
+    syntax = ctx.syntax()
+    if syntax is not None and syntax != HERMES:  # keys are older than other syntaxes
+        config["calls"] = syntax.name
     # What ends an answer is either side's word.
     return config | ({"stops": ctx.stops} if ctx.recipe.evaluate.generate else {})
 
@@ -88,13 +93,29 @@ def _needs(ctx: Context, keys: Keys) -> Needs:
     )
 
 
+def _check(ctx: Context, keys: Keys) -> None:
+    """Calls that are measured can be read.
+
+    Raises:
+        RecipeError: nothing says in which syntax they are written.
+    """
+    settings = ctx.recipe.evaluate
+    if settings.generate and settings.agent is not None and ctx.syntax() is None:
+        raise RecipeError(
+            f"evaluate.calls: neither the completions in {settings.agent} nor the base's chat "
+            "template show tool calls in a syntax that is known, so none could be counted. Name "
+            f"one of {', '.join(SYNTAXES)}, or set evaluate.generate to 0."
+        )
+
+
 EVALUATE = Stage(
     name=NAME,
     version=3,
     schema=Schema(arrays={"metrics": ("float64",)}),
     inputs={"apply": APPLY, "base": BASE, "donor": DONOR, "tokenizer": TOKENIZER, **SETS},
-    fields=FIELDS,
+    fields=(*FIELDS, "evaluate.calls"),
     config=_config,
+    check=_check,
     without=unmeasured,
     write=write_evaluate,
     needs=_needs,
@@ -128,6 +149,10 @@ def compare(ctx: Context, keys: Keys, models: Mapping[str, Model]) -> dict[str, 
         "losses": {name: {s: mean_loss(a, s) for s in sets} for name, a in opened.items()},
         "rows": {name: len(wanted.sequences) for name, wanted in heldout.items()},
         "generated": recipe.evaluate.generate,
+        "unended": {
+            name: {n: len(a.unended) for n, a in one.answers.items() if a.unended}
+            for name, one in known.items()
+        },
     }
 
 
@@ -159,7 +184,15 @@ def _answers(ctx: Context, answers: list[list[int]], wanted: TokenSet) -> Answer
         pairs = zip(sides, opened, strict=False)
         return [answer_text(tokenizer, ids, opened=within) for ids, within in pairs]
 
-    return Answers(texts(plain), texts(targets), [len(ids) for ids in plain])
+    cut = zip(answers, wanted.targets(), strict=False)  # as many as were generated
+    unended = frozenset(n for n, pair in enumerate(cut) if any(_unended(ids, ends) for ids in pair))
+    lengths = [len(ids) for ids in plain]
+    syntax = ctx.syntax() or HERMES  # `_check` has refused calls that cannot be read
+    return Answers(texts(plain), texts(targets), lengths, unended, syntax)
+
+
+def _unended(ids: list[int], ends: set[int]) -> bool:
+    return not ids or ids[-1] not in ends
 
 
 @torch.no_grad()

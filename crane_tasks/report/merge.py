@@ -21,6 +21,7 @@ from crane_tasks.report.tables import (
     evaluation_table,
     gain_table,
     prediction_table,
+    unfinished_note,
 )
 from crane_tasks.report.targets import target_table, unended_note
 from crane_tasks.scores.reading import Scores
@@ -120,7 +121,10 @@ def _evaluation_note(evaluation: dict[str, Any]) -> str:
         return "No held-out rows: name `evaluate.reasoning` and `evaluate.agent` in the recipe."
     counted = ", ".join(f"{count} held-out {name} rows" for name, count in rows.items())
     answers = evaluation.get("generated", 0)
-    return f"{counted}; {answers} answers of each kind were generated." if answers else counted
+    if not answers:
+        return counted
+    said = f"{counted}; {answers} answers of each kind were generated."
+    return " ".join(filter(None, (said, unfinished_note(evaluation))))
 
 
 def _retokenised_note(sets: list[str]) -> str:

@@ -28,6 +28,21 @@ def evaluation_table(evaluation: Mapping[str, Any]) -> Cells:
     return ["model", *(m.title for m in metrics)], rows
 
 
+def unfinished_note(evaluation: Mapping[str, Any]) -> str:
+    """Whose answers were cut, or have a cut target; empty if none."""
+    cut = [
+        f"{model} {count} of the {name} set"
+        for model, counts in evaluation.get("unended", {}).items()
+        for name, count in counts.items()
+    ]
+    if not cut:
+        return ""
+    return (
+        "Answers that did not end within `evaluate.max_new_tokens`, or whose target did not, count "
+        f"as wrong: {', '.join(cut)}."
+    )
+
+
 def prediction_table(evaluation: Mapping[str, Any]) -> Cells:
     """The change of calibration loss that the gate predicted, and the realised one."""
     gate = evaluation.get("gate", {})

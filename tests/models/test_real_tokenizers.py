@@ -16,6 +16,7 @@ from crane_tasks.apply.rows import row_factors
 from crane_tasks.calibration.format import format_mask
 from crane_tasks.merge_section import TokenRows
 from crane_tasks.models.files.tokenizer import added_ids, load_tokenizer
+from crane_tasks.protocol import format_marks, template_syntax
 from crane_tasks.rendering import completion_ids, ids_of, own_ends, render, turn_end
 from crane_tasks.rows import Row
 
@@ -100,3 +101,18 @@ def test_prompt_and_completion_are_the_conversation(spoken: Any) -> None:
         pytest.skip("writes the last answer otherwise than it is asked for")
     ids = ids_of(spoken, prompt) + completion_ids(spoken, ANSWER)
     assert ids == ids_of(spoken, whole.rstrip())
+
+
+# By what a vocabulary has; the templates of the others in these packages show no calls.
+CALLS = {"<|channel|>": "harmony", "<tool_call>": "hermes"}
+
+
+def test_the_syntax_of_calls_and_the_marks_are_the_models_own(spoken: Any) -> None:
+    vocabulary = spoken.get_vocab()
+    wanted = next((name for token, name in CALLS.items() if token in vocabulary), None)
+    found = template_syntax(spoken)
+    assert (found.name if found else None) == wanted
+    marks = format_marks(spoken, found)
+    assert marks and not {"<think>", "</think>", spoken.bos_token} & {*marks}
+    # What ends a turn is among them, whatever it is called.
+    assert spoken.convert_ids_to_tokens(turn_end(spoken)) in marks

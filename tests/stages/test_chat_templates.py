@@ -11,8 +11,9 @@ from tiny_merge import asked
 
 from crane_tasks.calibration.sets import TokenSet, read_set
 from crane_tasks.calibration.stages import AGENT, FORMAT
+from crane_tasks.calls import HERMES
 from crane_tasks.errors import DataError
-from crane_tasks.evaluate.answers import answer_text, final_answer, tool_calls
+from crane_tasks.evaluate.answers import answer_text, final_answer
 from crane_tasks.method import keys_of
 from crane_tasks.models.files.tokenizer import load_tokenizer
 from crane_tasks.rendering import own_ends, turn_end
@@ -169,9 +170,9 @@ def test_an_answer_behind_the_thinking_that_a_prompt_begins_is_read_like_any_oth
     def read(text: str, opened: bool) -> str:
         return answer_text(tokenizer, tokenizer(text)["input_ids"], opened=opened)
 
-    assert tool_calls(read(f"hm</think>\n{call}", True)) == [{"name": "f", "arguments": {}}]
-    assert tool_calls(read(f"hm</think>\n{call}", False)) is None
-    assert tool_calls(read(f"hm {call}", True)) is None  # a call within the thoughts is none
+    assert HERMES.read(read(f"hm</think>\n{call}", True)) == [{"name": "f", "arguments": {}}]
+    assert HERMES.read(read(f"hm</think>\n{call}", False)) is None
+    assert HERMES.read(read(f"hm {call}", True)) is None  # a call within the thoughts is none
     assert final_answer(read("hm</think>\n4", True)) == "4"
     assert final_answer(read("hm, 4", True)) != final_answer(read("so</think>hm, 4", True))
 

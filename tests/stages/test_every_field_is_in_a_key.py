@@ -78,6 +78,7 @@ OTHERS: dict[str, Any] = {
     "evaluate.reasoning": "other_reasoning.jsonl",
     "evaluate.agent": "other_agent.jsonl",
     "evaluate.generate": 2,
+    "evaluate.calls": "llama3",
     "evaluate.max_new_tokens": 7,
     "evaluate.max_prompt_length": 200,
     "run.device": "cpu",

@@ -21,8 +21,9 @@ from crane_tasks.calibration.format import format_mask
 from crane_tasks.calibration.sets import TokenSet, read_set
 from crane_tasks.calibration.stages import AGENT, FORMAT, REASONING
 from crane_tasks.calibration.targets import check_targets
+from crane_tasks.calls import HERMES
 from crane_tasks.errors import DataError, RecipeError
-from crane_tasks.evaluate.answers import final_answer, tool_calls
+from crane_tasks.evaluate.answers import final_answer
 from crane_tasks.merge_section import LmHead, TokenRows
 from crane_tasks.method import keys_of
 from crane_tasks.models.files.tokenizer import load_tokenizer
@@ -101,7 +102,7 @@ ONE = {"name": "f", "arguments": {"x": 1}}
 def test_tool_calls_are_read_only_from_a_well_formed_answer(
     text: str, wanted: list[dict[str, Any]] | None
 ) -> None:
-    assert tool_calls(text) == wanted
+    assert HERMES.read(text) == wanted
 
 
 @pytest.mark.parametrize(
