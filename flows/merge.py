@@ -35,7 +35,7 @@ class Merged:
     keys: Keys
     stages: list[Built] = field(default_factory=list)
     scores: Scores | None = None
-    edit: dict[str, dict[str, float]] = field(default_factory=dict)
+    edit: dict[str, dict[str, float | None]] = field(default_factory=dict)
     edit_table: Cells = field(default_factory=lambda: ([], []))
     evaluation: dict[str, Any] = field(default_factory=dict)
     report: Path | None = None
@@ -107,6 +107,8 @@ def _collected(merged: Merged) -> Merged:
     merged.scores = scores_of(ctx, keys) if SCORES in keys else None
     merged.edit = {
         component: {"survived": sums.survived, "cosine": sums.cosine}
+        if sums.intended2
+        else {"survived": None, "cosine": None}  # nothing was to change
         for component, sums in edit.items()
     }
     merged.edit_table = edit_table(edit, merged.scores)

@@ -20,7 +20,7 @@ from crane_tasks.models.files.layout import Slot
 from crane_tasks.models.files.tokenizer import load_tokenizer
 from crane_tasks.numerics.edit import stacked_edit_sums
 from crane_tasks.numerics.hashing import seed_of
-from crane_tasks.numerics.rounding import round_stochastic
+from crane_tasks.numerics.rounding import ROUNDED, round_stochastic
 from crane_tasks.numerics.slerp import slerp
 from crane_tasks.recipe import Recipe
 from crane_tasks.session import Context
@@ -129,7 +129,7 @@ class Editor:
         self, slot: Slot, experts: Sequence[int], first: int, value: Tensor, into: Tensor
     ) -> None:
         merge = self.recipe.merge
-        if merge.rounding != "stochastic" or into.dtype != torch.bfloat16:
+        if merge.rounding != "stochastic" or into.dtype not in ROUNDED:
             into.copy_(value)
             return
         # A stored head that is tied to the embedding is rounded as that is.
@@ -137,7 +137,8 @@ class Editor:
         offset = first * math.prod(value.shape[2:])
         for expert, rows, place in zip(experts, value, into, strict=True):
             name = EMBEDDING if tied else slot.tensor_name(expert)
-            place.copy_(round_stochastic(rows, seed=seed_of(merge.seed, name), offset=offset))
+            seed = seed_of(merge.seed, name)
+            place.copy_(round_stochastic(rows, seed=seed, offset=offset, dtype=into.dtype))
 
 
 def make_editor(ctx: Context, keys: Keys) -> Editor:

@@ -38,6 +38,7 @@ from crane_tasks.stage import BASE, SIDE_FILES, TOKENIZER, Keys, Needs, Source, 
 COLUMNS = [f.name for f in fields(EditSums)]
 
 
+ROUNDING = 2  # version of stochastic rounding
 # Of the section `merge`: always in the key.
 FIRST_FIELDS = ("router", "embedding", "lm_head", "rounding", "seed")
 
@@ -52,6 +53,8 @@ def edit_config(ctx: Context) -> Mapping[str, Any]:
     for name, usual in (("unify", False), ("per", "component")):
         if config.get(name) == usual:
             del config[name]
+    if config["merge"]["rounding"] == "stochastic":
+        config["rounding"] = ROUNDING  # it did nothing to float16 once
     own = Merge().model_dump(mode="json")
     merge = config["merge"]
     config["merge"] = {k: v for k, v in merge.items() if k in FIRST_FIELDS or v != own[k]}

@@ -122,6 +122,28 @@ def test_the_mean_is_unbiased(sign: float, share: float) -> None:
     assert abs(error) < 4.5 * deviation + 1e-12
 
 
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize("low", [1.5, 2.0**-14 + 2.0**-24, 3 * 2.0**-24, 0.0, 65472.0])
+def test_float16_is_rounded_to_a_neighbour_with_an_unbiased_mean(low: float, sign: float) -> None:
+    count, share = 200_000, 0.3
+    step = {1.5: 2.0**-10, 65472.0: 32.0}.get(low, 2.0**-24)  # also of those that are subnormal
+    value = torch.full((count,), sign * (low + share * step))
+    got = round_stochastic(value, seed=seed_of(0, "model.w"), dtype=torch.float16)
+    assert got.dtype == torch.float16
+    assert set(got.double().abs().unique().tolist()) == {low, low + step}
+    deviation = step * math.sqrt(share * (1 - share) / count)
+    assert abs(float(got.double().mean()) - float(value[0].double())) < 4.5 * deviation
+
+
+def test_what_float16_can_hold_is_kept_and_what_it_cannot_is_infinite() -> None:
+    held = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    held = held[held.isfinite()]
+    got = round_stochastic(held.float(), seed=3, dtype=torch.float16)
+    assert torch.equal(got.view(torch.int16), held.view(torch.int16))
+    far = torch.tensor([1e5, -1e5])
+    assert round_stochastic(far, seed=3, dtype=torch.float16).tolist() == [math.inf, -math.inf]
+
+
 def test_rounding_errors_of_neighbours_are_uncorrelated() -> None:
     value = torch.full((200_000,), 1.0 + 2.0**-8)  # half way
     up = (round_stochastic(value, seed=7).float() > 1.0).double() - 0.5

@@ -152,3 +152,18 @@ def test_slerp_moves_the_router_by_a_third_of_alpha(moe_pair: TinyPair, tmp_path
     omega = torch.arccos(cosine)
     wanted = (torch.sin(0.7 * omega) * base + torch.sin(0.3 * omega) * donor) / torch.sin(omega)
     assert bool(((found.double() - wanted).abs() <= 1.01 * half_ulp(wanted) + 1e-6).all())
+
+
+def test_weights_in_float16_are_rounded_as_asked(pairs: Pairs, tmp_path: Path) -> None:
+    pair = pairs("qwen3").copy(tmp_path / "pair")
+    for side in (pair.base, pair.donor):
+        save_tensors(side, {n: t.to(torch.float16) for n, t in load_tensors(side).items()})
+    found = {}
+    for kind in ("nearest", "stochastic"):
+        place = (pair, tmp_path / "store", tmp_path / kind)
+        staged(*place, "merge.method=linear", "alpha=0.3", f"merge.rounding={kind}")
+        found[kind] = load_tensors(tmp_path / kind)
+    name = "model.layers.0.mlp.up_proj.weight"
+    near, drawn = found["nearest"][name], found["stochastic"][name]
+    assert drawn.dtype == torch.float16 and 0.2 < float((near != drawn).float().mean()) < 0.8
+    assert float((near.double() - drawn.double()).mean().abs()) < 1e-6
