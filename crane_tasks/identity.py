@@ -11,14 +11,13 @@ from crane_tasks.models.files.formats import other_form
 from crane_tasks.recipe import Recipe
 
 GENERATION = "generation_config.json"
-HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.jinja", "*.model"]
 
 
-def checkpoint_folder(recipe: Recipe, value: str) -> Path:
-    """The folder of a checkpoint given as a folder or as a hub id with optional @revision.
+def local_folder(recipe: Recipe, value: str) -> Path | None:
+    """The folder of a checkpoint that is given as one; None of a hub id.
 
     Raises:
-        CheckpointError: neither is to be had.
+        CheckpointError: it is a file, or neither a folder nor a hub id.
     """
     folder = recipe.locate(value)
     if folder is not None:
@@ -26,25 +25,28 @@ def checkpoint_folder(recipe: Recipe, value: str) -> Path:
             told = other_form(folder) or "a checkpoint is a folder, this is a file"
             raise CheckpointError(f"{folder}: {told}")
         return folder
-    repo, _, revision = value.partition("@")
+    repo = value.partition("@")[0]
     if repo.count("/") != 1 or repo.startswith((".", "/", "~")):
         raise CheckpointError(f"{value}: no such checkpoint folder, and not a hub id (owner/name)")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    return None
 
-    try:
-        return Path(snapshot_download(repo, revision=revision or None, allow_patterns=HUB_FILES))
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(
-            f"{value}: no such checkpoint folder, and the hub did not give it: {reason}"
-        ) from error
+
+def name_in_cache(folder: Path) -> tuple[str, str] | None:
+    """The hub's id and commit of a snapshot in its cache; None of any other folder."""
+    snapshots = folder.parent
+    parts = snapshots.parent.name.split("--")
+    if snapshots.name != "snapshots" or parts[0] != "models" or len(parts) != 3:
+        return None
+    return f"{parts[1]}/{parts[2]}", folder.name
 
 
 def published_name(recipe: Recipe, value: str) -> str:
     """A hub id as it is; of a folder only its last name, which says nothing of a machine."""
     folder = recipe.locate(value)
-    return folder.name if folder is not None else value.partition("@")[0]
+    if folder is None:
+        return value.partition("@")[0]
+    known = name_in_cache(folder)
+    return folder.name if known is None else known[0]
 
 
 def files_identity(folder: Path, names: Iterable[str], memo: DigestMemo) -> str:

@@ -12,8 +12,8 @@ from artifacts.memo import DigestMemo
 from artifacts.store import Store
 from crane_tasks.calls import SYNTAXES, Syntax
 from crane_tasks.errors import RecipeError
+from crane_tasks.hub import pair_folders
 from crane_tasks.identity import (
-    checkpoint_folder,
     checkpoint_identity,
     files_identity,
     stops_identity,
@@ -238,8 +238,10 @@ class Context:
         return replace(self, session=own, output=output_folder(recipe))
 
 
-def open_context(session: Session) -> Context:
+def open_context(session: Session, *, whole: bool = True) -> Context:
     """Find the checkpoints, compare their headers, and identify them by content.
+
+    Not `whole`: weights that are on the hub stay there, and the context is for what reads none.
 
     Raises:
         CheckpointError: a checkpoint is missing, damaged or no partner of the other.
@@ -254,7 +256,7 @@ def open_context(session: Session) -> Context:
     # data or headers must show before.
     for data in data_sources(recipe):
         load_rows(recipe, data)
-    base, donor = checkpoint_folder(recipe, recipe.base), checkpoint_folder(recipe, recipe.donor)
+    base, donor = pair_folders(recipe, session.kept, session.notice, whole=whole)
     pair = Pair.open(base, donor)
     memo = DigestMemo(store.root)
     if not all(memo.known(file) for side in (pair.base, pair.donor) for file in side.files):

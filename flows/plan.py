@@ -48,7 +48,7 @@ def make_plan(session: Session) -> Plan:
     Raises:
         BadInput: as `merge`.
     """
-    ctx = open_context(session)
+    ctx = open_context(session, whole=False)
     keys = keys_of(ctx)
     check_destination(ctx, keys)
     check_all(ctx, keys)

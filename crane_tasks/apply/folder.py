@@ -14,7 +14,7 @@ from crane_tasks.apply.card import CardFacts, model_card
 from crane_tasks.apply.output import PROVENANCE, RECIPE_COPY, Shard, copy_side_files, write_index
 from crane_tasks.apply.rows import unlike_words
 from crane_tasks.edit import edit_of
-from crane_tasks.identity import published_name
+from crane_tasks.identity import name_in_cache, published_name
 from crane_tasks.models.files.folder import CARD
 from crane_tasks.pairing import pair_notes
 from crane_tasks.session import Context
@@ -50,14 +50,21 @@ def fill_folder(
     record = {
         "apply": key,
         "stages": {role: keys.refs[role].key for role in made_from},
-        "base": {"name": ctx.recipe.base, "identity": ctx.base_id},
-        "donor": {"name": ctx.recipe.donor, "identity": ctx.donor_id},
+        "base": _side(ctx.recipe.base, ctx.base_id, ctx.base),
+        "donor": _side(ctx.recipe.donor, ctx.donor_id, ctx.donor),
         "recipe": recipe,
         "versions": _versions(),
         "files": files,
         "side_files": {name: (folder / name).stat().st_size for name in side_files},
     }
     write_atomically(folder / PROVENANCE, json.dumps(record, indent=2) + "\n")
+
+
+def _side(name: str, identity: str, folder: Path) -> dict[str, str]:
+    """Who a side is; of one from the hub its commit, too."""
+    known = name_in_cache(folder)
+    commit = {} if known is None else {"commit": known[1]}
+    return {"name": name, "identity": identity, **commit}
 
 
 def _versions() -> dict[str, str]:

@@ -11,7 +11,7 @@ from conftest import TinyPair, fp8_blocks, load_tensors, save_tensors, write_fp8
 from torch import Tensor
 
 from crane_tasks.errors import CheckpointError
-from crane_tasks.identity import checkpoint_folder
+from crane_tasks.identity import local_folder
 from crane_tasks.models.files.checkpoint import Checkpoint
 from crane_tasks.models.files.safetensors_io import byte_view, read_span
 from crane_tasks.models.walk.loading import Loader
@@ -149,7 +149,7 @@ def test_a_gguf_model_is_no_checkpoint(tmp_path: Path, moe: TinyPair) -> None:
     assert "a GGUF model (model.gguf), which is not read" in sentence(folder)
     recipe = moe.recipe(f"base={folder / 'model.gguf'}")
     with pytest.raises(CheckpointError, match=r"model\.gguf: a GGUF model"):
-        checkpoint_folder(recipe, recipe.base)
+        local_folder(recipe, recipe.base)
 
 
 @pytest.mark.parametrize("name", ["pytorch_model_bin", "consolidated_pt", "model_pth"])
