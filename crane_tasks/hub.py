@@ -19,14 +19,9 @@ from crane_tasks.errors import CheckpointError
 from crane_tasks.identity import local_folder
 from crane_tasks.kept import Kept
 from crane_tasks.models.check import check_pair
-from crane_tasks.models.files.folder import INDEX, SINGLE
+from crane_tasks.models.files.folder import CARD, INDEX, SINGLE, is_side_file
 from crane_tasks.models.files.pair import Pair
 from crane_tasks.recipe import Recipe
-
-# What a checkpoint has beside its weights, at its top level; a model's code among it.
-SMALL = (".json", ".txt", ".jinja", ".model", ".py", ".tiktoken")
-PAPERS = ("README", "LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
-
 
 @dataclass(frozen=True)
 class Remote:
@@ -119,12 +114,12 @@ def find_remote(value: str) -> Remote:
         except (HfHubHTTPError, HFValidationError):
             raise  # the hub has answered, or there is nothing to ask
         except Exception:  # no network: each of the library's own has its errors
-            folder = _snapshot(repo, revision or None, None, offline=True)
-            return Remote(repo, folder.name, folder, {})
+            return _cached(repo, revision or None)
         files = {s.rfilename: s for s in info.siblings or []}
-        small = [name for name, s in files.items() if _is_small(name) and s.lfs is None]
-        commit = info.sha or revision
-        folder = _snapshot(repo, commit, small)
+        small = [name for name, s in files.items() if _at_once(name, s.lfs)]
+        # By its name, not its commit: so the cache knows it without a network.
+        folder = _snapshot(repo, revision or None, small)
+        commit = folder.name
     named = _named_weights(folder, files)
     weights = {}
     for name in named:
@@ -134,10 +129,29 @@ def find_remote(value: str) -> Remote:
     return Remote(repo, commit, folder, weights)
 
 
-def _is_small(name: str) -> bool:
-    """Whether a file is fetched at once, unless it is in large-file storage."""
-    top = "/" not in name and not name.startswith(".")
-    return top and (name.endswith((*SMALL, ".safetensors")) or name.startswith(PAPERS))
+def _cached(repo: str, revision: str | None) -> Remote:
+    """What the cache has of a checkpoint, if it has all the weights of it.
+
+    Raises:
+        LocalEntryNotFoundError: it does not.
+    """
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    # Of one file, for the library takes a cache for broken that lacks any file of the repository.
+    folder = _snapshot(repo, revision, ["config.json"], offline=True)
+    named = _named_weights(folder, {SINGLE: None})
+    if not all((folder / name).exists() for name in named):
+        raise LocalEntryNotFoundError(f"{folder}: weights are missing")
+    return Remote(repo, folder.name, folder, {})
+
+
+def _at_once(name: str, lfs: object) -> bool:
+    """Whether a file is fetched before its checkpoint is looked at.
+
+    Weights too where the hub knows no digest of them, for they are not in its large-file storage.
+    """
+    small_weights = "/" not in name and name.endswith(".safetensors") and lfs is None
+    return is_side_file(name) or name in (INDEX, CARD) or small_weights
 
 
 def _named_weights(folder: Path, files: dict[str, Any]) -> list[str]:

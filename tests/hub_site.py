@@ -155,7 +155,7 @@ def serving(hub: Hub) -> Iterator[Hub]:
 
 
 def _large(file: Path) -> bool:
-    return file.suffix in (".safetensors", ".bin")
+    return file.suffix in (".safetensors", ".bin") or file.name == "tokenizer.json"
 
 
 def _etag(file: Path) -> str:

@@ -68,7 +68,12 @@ def context(folder: Path, device: str, alpha: float, output: Path) -> Context:
             "donor": str(folder / "donor"),
             "alpha": alpha,
             "tau": TAU,
-            "calibration": {"reasoning": needed, "agent": needed, "format": needed},
+            "calibration": {
+                "reasoning": needed,
+                "agent": needed,
+                "format": {**needed, "patterns": ["</think>"]},
+            },
+            "evaluate": {"calls": "hermes"},  # no row is read to find it
         },
         (folder,),
         "generated",

@@ -16,6 +16,10 @@ from tiny_merge import bits, merged, staged
 from crane_tasks.models.files.safetensors_io import read_header
 
 Pairs = Callable[[str], TinyPair]
+STRAYS = (
+    ".hidden", "pytorch_model.bin", "model.onnx_data", "config.json.bak", "weights.incomplete",
+    "runs/events.json", "global_step10/config.json", "pytorch_model.bin.index.json",
+)  # fmt: skip
 
 
 class Done:
@@ -25,11 +29,14 @@ class Done:
         self.pair = pair.copy(folder / "pair")
         base = self.pair.base
         (base / "config_1m.json").write_text('{"rope_scaling": "1m"}\n')
-        (base / "notes").mkdir()
-        (base / "notes" / "usage.txt").write_text("see above")
+        (base / "modeling_own.py").write_text("# a model's code\n")
+        (base / "LICENSE").write_text("Apache License")
+        (base / "additional_chat_templates").mkdir()
+        (base / "additional_chat_templates" / "rag.jinja").write_text("{{ messages }}")
+        for stray in STRAYS:
+            (base / stray).parent.mkdir(exist_ok=True)
+            (base / stray).write_text("left behind")
         (base / "README.md").write_text("---\nlicense: apache-2.0\n---\nthe base's card")
-        (base / ".hidden").write_text("left behind")
-        (base / "pytorch_model.bin").write_bytes(b"other weights")
         self.output = folder / "out"
         self.result = merged(self.pair, folder / "store", self.output)
 
@@ -58,11 +65,12 @@ def test_names_dtypes_shapes_and_shards_are_the_bases(done: Done) -> None:
 
 def test_every_side_file_is_carried_over_byte_for_byte(done: Done) -> None:
     names = ["config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
-             "generation_config.json", "config_1m.json", "notes/usage.txt",
+             "generation_config.json", "config_1m.json", "modeling_own.py", "LICENSE",
+             "additional_chat_templates/rag.jinja",
              "model.safetensors.index.json"]  # fmt: skip
     for name in names:
         assert (done.output / name).read_bytes() == (done.pair.base / name).read_bytes(), name
-    for name in (".hidden", "pytorch_model.bin"):
+    for name in STRAYS:
         assert not (done.output / name).exists()
 
 

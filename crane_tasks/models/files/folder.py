@@ -25,22 +25,31 @@ TOKENIZER_FILES = (
 )
 CARD = "README.md"
 OWN_FILES = ("crane.json", "crane_recipe.yaml")  # of an earlier merge: the new one has its own
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
+# What a checkpoint has beside its weights: configs, tokenizers, templates, code, papers.
+SIDE_SUFFIXES = (".json", ".txt", ".jinja", ".model", ".vocab", ".tiktoken", ".py", ".md")
+PAPERS = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY", "COPYING")
+TEMPLATES = "additional_chat_templates"  # the one folder that transformers reads
+
+
+def is_side_file(name: str) -> bool:
+    """Whether a merge takes along a file of the base, by its path in the folder.
+
+    Left out: weights in any form, their index, the card, files of an earlier merge, and what
+    training and transfers leave behind (`runs/`, `global_step10/`, `*.bak`, `*.incomplete`).
+    """
+    if name.startswith(f"{TEMPLATES}/"):
+        return name.count("/") == 1 and name.endswith(".jinja")
+    if "/" in name or name.startswith(".") or name in (CARD, *OWN_FILES):
+        return False
+    return name.startswith(PAPERS) or (
+        name.endswith(SIDE_SUFFIXES) and not name.endswith(".index.json")
+    )
 
 
 def side_files(folder: Path) -> list[str]:
-    """Config, tokenizer, chat template and every other file that a merge carries over.
-
-    Left out: weights in any format, their index, the card, hidden files.
-    """
-    names = []
-    for file in sorted(p for p in folder.rglob("*") if p.is_file()):
-        relative = file.relative_to(folder)
-        hidden = any(part.startswith(".") for part in relative.parts)
-        weights = file.suffix in WEIGHT_SUFFIXES or file.name.endswith(".index.json")
-        if not (hidden or weights or relative.as_posix() in (CARD, *OWN_FILES)):
-            names.append(relative.as_posix())
-    return names
+    """Config, tokenizer, chat template and every other file that a merge carries over."""
+    found = [p for p in (*folder.glob("*"), *folder.glob(f"{TEMPLATES}/*")) if p.is_file()]
+    return sorted(n for p in found if is_side_file(n := p.relative_to(folder).as_posix()))
 
 
 def read_config(folder: Path) -> dict[str, Any]:
