@@ -23,6 +23,9 @@ from crane_tasks.models.files.folder import CARD, INDEX, SINGLE, is_side_file
 from crane_tasks.models.files.pair import Pair
 from crane_tasks.recipe import Recipe
 
+NO_FOLDER = "no such checkpoint folder"
+
+
 @dataclass(frozen=True)
 class Remote:
     """A checkpoint of the hub at a commit.
@@ -49,7 +52,7 @@ class Remote:
         Raises:
             CheckpointError: the hub does not give them.
         """
-        with _told(f"{self.repo}@{self.commit}"):
+        with hub_errors(f"{self.repo}@{self.commit}"):
             _snapshot(self.repo, self.commit, [*self.missing])
 
     def hollow_in(self, place: Path) -> Path:
@@ -68,7 +71,7 @@ class Remote:
             made.mkdir(parents=True)
         for file in self.folder.iterdir():
             (folder / file.name).symlink_to(file.resolve())
-        with _told(f"{self.repo}@{self.commit}"):
+        with hub_errors(f"{self.repo}@{self.commit}"):
             for name in self.missing:
                 blob = blobs / self.weights[name][1]
                 _write_hollow(blob, *_header(self.repo, self.commit, name))
@@ -108,7 +111,7 @@ def find_remote(value: str) -> Remote:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     repo, _, revision = value.partition("@")
-    with _told(value):
+    with hub_errors(value):
         try:
             info = HfApi().model_info(repo, revision=revision or None, files_metadata=True)
         except (HfHubHTTPError, HFValidationError):
@@ -176,15 +179,20 @@ def _snapshot(
 
 
 @contextmanager
-def _told(what: str) -> Iterator[None]:
+def hub_errors(
+    what: str, failed: str = f"{NO_FOLDER}, and the hub did not give it"
+) -> Iterator[None]:
     """The hub's refusals in one sentence each.
+
+    Args:
+        failed: what it is that has failed, where nothing better is known.
 
     Raises:
         CheckpointError: with what to do.
     """
     from huggingface_hub import errors
 
-    prefix = f"{what}: no such checkpoint folder, and the hub did not give it"
+    prefix = f"{what}: {failed}"
     try:
         yield
     except errors.GatedRepoError as error:

@@ -31,6 +31,7 @@ from flows.command import (
     print_json,
     require_no_workers,
 )
+from flows.publish_commands import card, push, rebuild
 from flows.store_commands import store_app
 
 if TYPE_CHECKING:
@@ -44,6 +45,8 @@ app = typer.Typer(
     help="Merge paired Instruct and Thinking checkpoints with CRANE.",
 )
 app.add_typer(store_app, name="store")
+for command in (card, push, rebuild):
+    app.command()(command)
 
 
 def _session(

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from crane_tasks.stage import Keys, Stage
     from flows.merge import Merged
     from flows.plan import Plan
+    from flows.publish import Parcel
+    from flows.rebuild import Rebuilt
     from flows.sweep_result import Sweep
     from flows.tune_result import Tuned
 
@@ -101,6 +103,19 @@ class Terminal:
             self.out.print(note)
         if result.get("gate"):
             self._table("Change of calibration loss", prediction_table(result))
+
+    def parcel(self, parcel: "Parcel") -> None:
+        """A merge's card as it stands, and the files beside it."""
+        self.out.print(parcel.card, markup=False, soft_wrap=True)
+        rows = [[name, human(size)] for name, size in parcel.files.items()]
+        self._table(f"{parcel.folder}", (["file", "size"], rows))
+
+    def rebuilt(self, rebuilt: "Rebuilt") -> None:
+        """Each file of a published merge against its rebuild."""
+        rows = [[name, found] for name, found in rebuilt.files.items()]
+        self._table(f"{rebuilt.source}, made again in {rebuilt.output}", (["file", "bytes"], rows))
+        same = sum(found == "same" for found in rebuilt.files.values())
+        self.out.print(f"{same} of {len(rebuilt.files)} files are the same, byte for byte.")
 
     def scores(self, scores: "Scores") -> None:
         """S per layer and component."""

@@ -1,5 +1,6 @@
-"""The hub's HTTP interface over folders of this machine, as far as downloads need it."""
+"""The hub's HTTP interface over folders of this machine: what down- and uploads need."""
 
+import base64
 import hashlib
 import json
 import re
@@ -16,6 +17,8 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 MODEL = re.compile(r"/api/models/([^/]+/[^/]+)(?:/revision/([^/]+))?")
 TREE = re.compile(r"/api/models/([^/]+/[^/]+)/tree/([^/]+)")
 FILE = re.compile(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
+UPLOAD = re.compile(r"/api/models/([^/]+/[^/]+)/(preupload|commit)/main")
+BATCH = re.compile(r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch")
 
 
 @dataclass
@@ -26,6 +29,9 @@ class Hub:
         asked: (method, path, range) of every request.
         gated: ids that are refused.
         breaks: file -> bytes after which its next transfer breaks off, once.
+        new: where repositories are made that are asked for.
+        private: ids that were made so.
+        sent: large files that were uploaded, by digest; one is refused for each of `full`.
     """
 
     repos: dict[str, Path]
@@ -33,6 +39,10 @@ class Hub:
     gated: set[str] = field(default_factory=set)
     breaks: dict[str, int] = field(default_factory=dict)
     endpoint: str = ""
+    new: Path = Path()
+    private: set[str] = field(default_factory=set)
+    sent: dict[str, bytes] = field(default_factory=dict)
+    full: int = 0
 
     def fetched(self, suffix: str) -> int:
         """Bytes asked for of files with a suffix; of whole files all of them."""
@@ -59,6 +69,63 @@ def serving(hub: Hub) -> Iterator[Hub]:
 
         def do_GET(self) -> None:
             self._answer()
+
+        def do_PUT(self) -> None:
+            if hub.full:
+                hub.full -= 1
+                self._body()
+                self._refuse(400, "DiskFull")
+                return
+            hub.sent[self.path.rpartition("/")[2]] = self._body()
+            self._send(200, b"", {})
+
+        def do_POST(self) -> None:
+            path, body = unquote(urlsplit(self.path).path), self._body()
+            hub.asked.append((self.command, path, ""))
+            if path == "/api/repos/create":
+                said = json.loads(body)
+                repo = f"{said['organization']}/{said['name']}"
+                if repo not in hub.repos:
+                    hub.repos[repo] = hub.new / repo
+                    hub.repos[repo].mkdir(parents=True)
+                if said.get("private") or said.get("visibility") == "private":
+                    hub.private.add(repo)
+                self._json({"url": f"{hub.endpoint}/{repo}"})
+            elif path == "/api/validate-yaml":
+                self._json({"errors": [], "warnings": []})
+            elif match := BATCH.fullmatch(path):
+                self._json(
+                    {"transfer": "basic", "objects": [*map(_place, json.loads(body)["objects"])]}
+                )
+            elif (match := UPLOAD.fullmatch(path)) and match[2] == "preupload":
+                self._json({"files": [_mode(f["path"]) for f in json.loads(body)["files"]]})
+            elif match:
+                self._commit(match[1], [json.loads(x) for x in body.splitlines()])
+            else:
+                self._refuse(404, "EntryNotFound")
+
+        def _commit(self, repo: str, lines: list[dict[str, Any]]) -> None:
+            folder = hub.repos[repo]
+            for line in lines:
+                value = line["value"]
+                if line["key"] == "header":
+                    continue
+                file = folder / value["path"]
+                file.parent.mkdir(parents=True, exist_ok=True)
+                if line["key"] == "file":
+                    file.write_bytes(base64.b64decode(value["content"]))
+                elif line["key"] == "lfsFile":
+                    file.write_bytes(hub.sent[value["oid"]])
+                elif line["key"] == "deletedFile":
+                    file.unlink()
+            url = f"{hub.endpoint}/{repo}/commit/{COMMIT}"
+            self._json({"success": True, "commitUrl": url, "commitOid": COMMIT, "hookOutput": ""})
+
+        def _body(self) -> bytes:
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+
+        def _json(self, body: Any) -> None:
+            self._send(200, json.dumps(body).encode(), {"Content-Type": "application/json"})
 
         def log_message(self, format: str, *args: Any) -> None:
             """Stays silent."""
@@ -91,15 +158,13 @@ def serving(hub: Hub) -> Iterator[Hub]:
                 folder = hub.repos[repo]
                 files = sorted(p for p in folder.rglob("*") if p.is_file())
                 siblings = [_sibling(folder, file) for file in files]
-                body = {"id": repo, "modelId": repo, "sha": COMMIT, "siblings": siblings}
-                self._send(200, json.dumps(body).encode(), {"Content-Type": "application/json"})
+                self._json({"id": repo, "modelId": repo, "sha": COMMIT, "siblings": siblings})
 
         def _tree(self, repo: str, revision: str) -> None:
             if self._known(repo, revision):
                 folder = hub.repos[repo]
                 files = sorted(p for p in folder.rglob("*") if p.is_file())
-                body = [_in_tree(folder, file) for file in files]
-                self._send(200, json.dumps(body).encode(), {"Content-Type": "application/json"})
+                self._json([_in_tree(folder, file) for file in files])
 
         def _file(self, repo: str, revision: str, name: str) -> None:
             if not self._known(repo, revision):
@@ -142,6 +207,11 @@ def serving(hub: Hub) -> Iterator[Hub]:
                 return
             self.wfile.write(body)
 
+    def _place(wanted: dict[str, Any]) -> dict[str, Any]:
+        oid = wanted["oid"]
+        upload = {"upload": {"href": f"{hub.endpoint}/put/{oid}"}}
+        return {**wanted, **({} if oid in hub.sent else {"actions": upload})}
+
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     hub.endpoint = f"http://127.0.0.1:{server.server_address[1]}"
     thread = Thread(target=server.serve_forever, daemon=True)
@@ -154,26 +224,34 @@ def serving(hub: Hub) -> Iterator[Hub]:
         server.server_close()
 
 
-def _large(file: Path) -> bool:
-    return file.suffix in (".safetensors", ".bin") or file.name == "tokenizer.json"
+def _large(name: str) -> bool:
+    return name.endswith((".safetensors", ".bin")) or name == "tokenizer.json"
+
+
+def _mode(name: str) -> dict[str, Any]:
+    mode = "lfs" if _large(name) else "regular"
+    return {"path": name, "uploadMode": mode, "shouldIgnore": False, "oid": None}
 
 
 def _etag(file: Path) -> str:
-    kind = hashlib.sha256 if _large(file) else hashlib.sha1
-    return kind(file.read_bytes()).hexdigest()
+    data = file.read_bytes()
+    if _large(file.name):
+        return hashlib.sha256(data).hexdigest()
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
 def _in_tree(folder: Path, file: Path) -> dict[str, Any]:
     size, path = file.stat().st_size, file.relative_to(folder).as_posix()
     said: dict[str, Any] = {"type": "file", "path": path, "size": size, "oid": _etag(file)}
-    if _large(file):
+    if _large(file.name):
         said["lfs"] = {"oid": _etag(file), "size": size, "pointerSize": 134}
     return said
 
 
 def _sibling(folder: Path, file: Path) -> dict[str, Any]:
     size = file.stat().st_size
-    said: dict[str, Any] = {"rfilename": file.relative_to(folder).as_posix(), "size": size}
-    if _large(file):
+    name = file.relative_to(folder).as_posix()
+    said: dict[str, Any] = {"rfilename": name, "size": size, "blobId": _etag(file)}
+    if _large(file.name):
         said["lfs"] = {"sha256": _etag(file), "size": size, "pointerSize": 134}
     return said

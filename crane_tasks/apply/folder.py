@@ -17,6 +17,7 @@ from crane_tasks.edit import edit_of
 from crane_tasks.identity import name_in_cache, published_name
 from crane_tasks.models.files.folder import CARD
 from crane_tasks.pairing import pair_notes
+from crane_tasks.rows import load_rows
 from crane_tasks.session import Context
 from crane_tasks.stage import Keys
 
@@ -43,6 +44,9 @@ def fill_folder(
     write_index(base, plan, folder)
     side_files = copy_side_files(base, folder)
     recipe = ctx.recipe.model_dump(mode="json", exclude={"run"})
+    sets = ctx.recipe.calibration
+    named = {"reasoning": sets.reasoning, "agent": sets.agent, "format": sets.format}
+    rows = {name: load_rows(ctx.recipe, own.data) for name, own in named.items()}
     (folder / RECIPE_COPY).write_text(yaml.safe_dump(recipe, sort_keys=False))
     (folder / CARD).write_text(model_card(_facts(ctx)))
     edit = edit_of(ctx.recipe)
@@ -53,6 +57,10 @@ def fill_folder(
         "base": _side(ctx.recipe.base, ctx.base_id, ctx.base),
         "donor": _side(ctx.recipe.donor, ctx.donor_id, ctx.donor),
         "recipe": recipe,
+        # What a rebuild needs besides: the rows, the shards, and where the bits are the same.
+        "rows": {name: {"rows": len(r.rows), "digest": r.digest} for name, r in rows.items()},
+        "shard_size": ctx.recipe.run.shard_size,
+        "made_on": {"device": device_name(ctx), "compute": ctx.compute},
         "versions": _versions(),
         "files": files,
         "side_files": {name: (folder / name).stat().st_size for name in side_files},
@@ -65,6 +73,13 @@ def _side(name: str, identity: str, folder: Path) -> dict[str, str]:
     known = name_in_cache(folder)
     commit = {} if known is None else {"commit": known[1]}
     return {"name": name, "identity": identity, **commit}
+
+
+def device_name(ctx: Context) -> str:
+    """The GPU's name, or "cpu"."""
+    if ctx.torch_device.type != "cuda":
+        return ctx.torch_device.type
+    return torch.cuda.get_device_name(ctx.torch_device)
 
 
 def _versions() -> dict[str, str]:
