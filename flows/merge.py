@@ -93,14 +93,17 @@ def merge(
 
     def work() -> Merged:
         merged = Merged(ctx, keys, build(stages_of(keys), ctx, keys, call))
-        return _collected(merged) if report else merged
+        _collect(merged)
+        if report:
+            _report(merged)
+        return merged
 
     with naming_full_disk(session.store.root, ctx.output):
         return healing(session, work)
 
 
-def _collected(merged: Merged) -> Merged:
-    """Read the results back and write the report."""
+def _collect(merged: Merged) -> None:
+    """Read the results back."""
     ctx, keys = merged.ctx, merged.keys
     store = ctx.store
     edit = read_edit(store.open(keys[APPLY]))
@@ -116,14 +119,21 @@ def _collected(merged: Merged) -> Merged:
     if predicted := predicted_changes(ctx, keys):
         merged.evaluation = merged.evaluation | {"gate": gate_check(merged.evaluation, predicted)}
 
+
+def _report(merged: Merged) -> None:
+    """Draw and write what the report tells."""
+    ctx, keys = merged.ctx, merged.keys
+    store = ctx.store
+
     def artifact(stage: Stage) -> Any:
         return store.open(keys[stage]) if stage in keys else None
 
     whole = MergeReport(
         ctx=ctx,
+        key=keys[APPLY].key,
         stages=[stage_json(b) for b in merged.stages],
         scores=merged.scores,
-        edit=edit,
+        edit=read_edit(store.open(keys[APPLY])),
         evaluation=merged.evaluation,
         delta=store.open(keys[DELTA]),
         threshold=artifact(THRESHOLD),
@@ -134,7 +144,6 @@ def _collected(merged: Merged) -> Merged:
         retokenised=retokenised(ctx, measured_sets(ctx, keys)),
     )
     merged.report = write_report(whole, report_folder(ctx.output))
-    return merged
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,13 @@
 """The report of a merge: what it did, as Markdown and as one HTML page with pictures."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from artifacts.ref import digest_of
 from artifacts.store import Artifact
 from crane_tasks.apply.rows import unlike_words
 from crane_tasks.calibration.sets import TokenSet
@@ -27,12 +29,16 @@ from crane_tasks.report.targets import target_table, unended_note
 from crane_tasks.scores.reading import Scores
 from crane_tasks.session import Context
 
+PICTURES = 1  # version of how they are drawn
+DRAWN = ".pictures.json"  # what the pictures in a folder show
+
 
 @dataclass(frozen=True)
 class MergeReport:
     """Everything the report tells.
 
     Attributes:
+        key: of the merge.
         scores, gains, projector, threshold: None where the edit has no such part.
         carried: tensors that are copied from the base.
         targets: the target sets, by what people call them.
@@ -41,6 +47,7 @@ class MergeReport:
     """
 
     ctx: Context
+    key: str
     stages: list[dict[str, Any]]
     scores: Scores | None
     edit: dict[str, EditSums]
@@ -149,14 +156,33 @@ def write_report(report: MergeReport, folder: Path) -> Path:
     """Write report.md, report.html and the pictures; returns the path of report.html."""
     folder.mkdir(parents=True, exist_ok=True)
     recipe = report.ctx.recipe
-    drawn = draw_all(report.scores, report.edit, report.projector, recipe.tau)
-    files: dict[str, str] = {}
-    data: dict[str, bytes] = {}
-    for name, (title, png) in drawn.items():
-        files[title], data[f"{name}.png"] = f"{name}.png", png
-        (folder / f"{name}.png").write_bytes(png)
+    pictures = _pictures(report, folder)
+    files = {title: f"{name}.png" for name, title in pictures.items()}
+    data = {file: (folder / file).read_bytes() for file in files.values()}
     text = markdown(report, files)
     (folder / "report.md").write_text(text)
     target = folder / "report.html"
     target.write_text(page(recipe.name, text, data))
     return target
+
+
+def _pictures(report: MergeReport, folder: Path) -> dict[str, str]:
+    """Draw what has changed since the folder was written last; titles by the files' stems.
+
+    To draw takes seconds, which a rerun that changes nothing should not.
+    """
+    stamp = digest_of([PICTURES, report.key, report.ctx.recipe.tau])
+    note = folder / DRAWN
+    try:
+        known: dict[str, Any] = json.loads(note.read_text())
+        titles: dict[str, str] = known["titles"]
+        if known["stamp"] == stamp and all((folder / f"{n}.png").is_file() for n in titles):
+            return titles
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # drawn for the first time, or the note is torn
+    drawn = draw_all(report.scores, report.edit, report.projector, report.ctx.recipe.tau)
+    for name, (_, png) in drawn.items():
+        (folder / f"{name}.png").write_bytes(png)
+    titles = {name: title for name, (title, _) in drawn.items()}
+    note.write_text(json.dumps({"stamp": stamp, "titles": titles}) + "\n")
+    return titles

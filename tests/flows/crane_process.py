@@ -78,15 +78,20 @@ class Ended:
 class Server:
     """The forking process."""
 
-    def __init__(self) -> None:
+    def __init__(self, **env: str) -> None:
         self._process = subprocess.Popen(
             [sys.executable, "-c", SERVER],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, "COLUMNS": "200"},
+            env={**os.environ, "COLUMNS": "200", **env},
         )
         atexit.register(self._process.kill)
+
+    def close(self) -> None:
+        """End it."""
+        self._process.kill()
+        self._process.wait()
 
     def _stream(self, stream: IO[str] | None) -> IO[str]:
         assert stream is not None

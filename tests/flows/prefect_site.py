@@ -124,9 +124,15 @@ class Site:
 
     def tasks(self, run: str) -> dict[str, str]:
         """The latest state of each of a run's tasks, by the task's name."""
+        return {name: states[-1] for name, states in self.attempts(run).items()}
+
+    def attempts(self, run: str) -> dict[str, list[str]]:
+        """The states that each of a run's tasks came to, the latest last, by the task's name."""
         found = self.find("task_runs", flow_runs={"id": {"any_": [run]}})
-        found.sort(key=lambda t: t["start_time"] or "")
-        return {t["name"]: t["state"]["name"] for t in found}
+        ended: dict[str, list[str]] = {}
+        for task in sorted(found, key=lambda t: t["start_time"] or ""):
+            ended.setdefault(task["name"], []).append(task["state"]["name"])
+        return ended
 
     def artifacts(self, run: str) -> dict[str, dict[str, Any]]:
         """A run's artifacts by key."""
@@ -134,9 +140,14 @@ class Site:
         return {a["key"]: a for a in found}
 
     def logs(self, run: str) -> str:
-        """What a run said."""
-        found = self.find("logs", logs={"flow_run_id": {"any_": [run]}})
-        return "\n".join(line["message"] for line in found)
+        """What a run said; the server gives 200 lines at a time."""
+        lines: list[str] = []
+        while True:
+            asked = {"logs": {"flow_run_id": {"any_": [run]}}, "sort": "TIMESTAMP_ASC"}
+            found = self.find("logs", **asked, offset=len(lines))
+            if not found:
+                return "\n".join(lines)
+            lines += [line["message"] for line in found]
 
     def flow_process(self, run: str) -> psutil.Process | None:
         """The process in which a run's flow is, once it is there."""

@@ -118,8 +118,10 @@ def test_a_run_whose_process_was_killed_shows_as_crashed_and_a_retry_finishes_it
     job, wanted = retried.job, retried.wanted
     assert retried.seen == "Crashed"
     assert wanted["delta"] == "Cached" and wanted["apply"] == "Completed"
-    found = site.tasks(retried.run)
-    assert {stage: found[f"tiny-random: {stage}"] for stage in wanted} == wanted
+    # Of each attempt: a busy worker may report the crash once more after the retry, which Prefect
+    # then runs twice, and the second finds all of it done.
+    found = site.attempts(retried.run)
+    assert all(state in found[f"tiny-random: {stage}"] for stage, state in wanted.items()), found
     assert all(p.stat().st_ino == inode for p, inode in retried.kept.items()), "computed again"
     assert files(job.output) == job.undisturbed()
 

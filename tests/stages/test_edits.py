@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TinyPair, load_tensors
-from tiny_merge import asked, merged, same_bits, staged, statuses
+from tiny_merge import asked, merged, same_bits, statuses
 from torch import Tensor
 
 from crane_tasks.errors import RecipeError
@@ -30,7 +30,7 @@ class Shop:
     def tensors(self, *assignments: str) -> dict[str, Tensor]:
         """The merged tensors but embedding and head, which no edit's parts concern."""
         output = self.folder / str(len(list(self.folder.iterdir())))
-        staged(self.pair, self.folder / "store", output, f"alpha={ALPHA}", *assignments)
+        merged(self.pair, self.folder / "store", output, f"alpha={ALPHA}", *assignments)
         return {n: t for n, t in load_tensors(output).items() if n not in OUTSIDE}
 
     def delta(self, name: str) -> Tensor:
@@ -44,7 +44,7 @@ class Shop:
 def shop(pairs: Pairs, tmp_path_factory: pytest.TempPathFactory) -> Shop:
     """Of a sparse pair, with kept gradients in its store."""
     folder = tmp_path_factory.mktemp("shop")
-    staged(pairs("qwen3_moe"), folder / "store", folder / "crane", f"alpha={ALPHA}")
+    merged(pairs("qwen3_moe"), folder / "store", folder / "crane", f"alpha={ALPHA}")
     return Shop(pairs("qwen3_moe"), folder)
 
 
@@ -126,10 +126,10 @@ def test_the_elementwise_gate_needs_kept_gradients(pairs: Pairs, tmp_path: Path)
     place = (pairs("qwen3"), tmp_path / "store", tmp_path / "out")
     elementwise = "merge.method=elementwise"
     with pytest.raises(RecipeError, match=r"gate\.store_gradients is false"):
-        staged(*place, elementwise, "gate.store_gradients=false")
-    staged(*place, "gate.store_gradients=false")
+        merged(*place, elementwise, "gate.store_gradients=false")
+    merged(*place, "gate.store_gradients=false")
     with pytest.raises(RecipeError, match="was scored without keeping them"):
-        staged(place[0], place[1], tmp_path / "other", elementwise)
+        merged(place[0], place[1], tmp_path / "other", elementwise)
 
 
 MADE = {

@@ -15,7 +15,7 @@ from conftest import (
     write_data,
     write_recipe,
 )
-from tiny_merge import PlainMerge, bits, merged, same_bits, staged
+from tiny_merge import PlainMerge, bits, merged, same_bits
 
 from crane_tasks.models.files.checkpoint import Checkpoint
 
@@ -120,7 +120,7 @@ def tied(pair: TinyPair) -> bool:
 
 def test_alpha_zero_gives_the_bases_bits(tiny_pair: TinyPair, tmp_path: Path) -> None:
     nothing = ["alpha=0", *([] if tied(tiny_pair) else ["merge.lm_head.scale=0"])]
-    staged(tiny_pair, tmp_path / "store", tmp_path / "out", *nothing)
+    merged(tiny_pair, tmp_path / "store", tmp_path / "out", *nothing)
     assert same_bits(load_tensors(tmp_path / "out"), load_tensors(tiny_pair.base))
 
 
@@ -129,11 +129,11 @@ def test_stochastic_rounding_does_not_depend_on_the_shards(pairs: Pairs, tmp_pat
     outs = {}
     for size, name in ((None, "own"), (20_000, "small")):
         more = [] if size is None else [f"run.shard_size={size}"]
-        staged(pair, store, tmp_path / name, "merge.rounding=stochastic", *more)
+        merged(pair, store, tmp_path / name, "merge.rounding=stochastic", *more)
         outs[name] = load_tensors(tmp_path / name)
     assert len(list((tmp_path / "small").glob("*.safetensors"))) > 2
     assert same_bits(outs["own"], outs["small"])
-    staged(pair, store, tmp_path / "nearest")
+    merged(pair, store, tmp_path / "nearest")
     nearest = load_tensors(tmp_path / "nearest")
     assert any(bits(nearest[n]) != bits(outs["own"][n]) for n in nearest)
     for name, tensor in nearest.items():
@@ -142,7 +142,7 @@ def test_stochastic_rounding_does_not_depend_on_the_shards(pairs: Pairs, tmp_pat
 
 
 def test_slerp_moves_the_router_by_a_third_of_alpha(moe_pair: TinyPair, tmp_path: Path) -> None:
-    staged(moe_pair, tmp_path / "store", tmp_path / "out", "merge.router=slerp", "alpha=0.9")
+    merged(moe_pair, tmp_path / "store", tmp_path / "out", "merge.router=slerp", "alpha=0.9")
     name = "model.layers.1.mlp.gate.weight"
     base = load_tensors(moe_pair.base)[name].double()
     donor = load_tensors(moe_pair.donor)[name].double()
@@ -161,7 +161,7 @@ def test_weights_in_float16_are_rounded_as_asked(pairs: Pairs, tmp_path: Path) -
     found = {}
     for kind in ("nearest", "stochastic"):
         place = (pair, tmp_path / "store", tmp_path / kind)
-        staged(*place, "merge.method=linear", "alpha=0.3", f"merge.rounding={kind}")
+        merged(*place, "merge.method=linear", "alpha=0.3", f"merge.rounding={kind}")
         found[kind] = load_tensors(tmp_path / kind)
     name = "model.layers.0.mlp.up_proj.weight"
     near, drawn = found["nearest"][name], found["stochastic"][name]

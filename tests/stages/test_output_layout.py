@@ -11,7 +11,7 @@ import torch
 import yaml
 from conftest import ARCHITECTURES, TinyPair, load_tensors, save_tensors
 from safetensors import safe_open
-from tiny_merge import bits, merged, staged
+from tiny_merge import bits, merged, reported
 
 from crane_tasks.models.files.safetensors_io import read_header
 
@@ -38,7 +38,7 @@ class Done:
             (base / stray).write_text("left behind")
         (base / "README.md").write_text("---\nlicense: apache-2.0\n---\nthe base's card")
         self.output = folder / "out"
-        self.result = merged(self.pair, folder / "store", self.output)
+        self.result = reported(self.pair, folder / "store", self.output)
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
@@ -137,7 +137,7 @@ def test_float32_strays_keep_their_dtype_and_mtp_is_carried_over(
     pairs: Pairs, tmp_path: Path
 ) -> None:
     pair = with_strays(pairs("qwen3_next"), tmp_path / "pair")
-    result = staged(pair, tmp_path / "store", tmp_path / "out", "alpha=2")
+    result = merged(pair, tmp_path / "store", tmp_path / "out", "alpha=2")
     base, found = load_tensors(pair.base), load_tensors(tmp_path / "out")
     donor = load_tensors(pair.donor)
     assert {n: t.dtype for n, t in found.items()} == {n: t.dtype for n, t in base.items()}
@@ -156,7 +156,7 @@ def test_float32_strays_keep_their_dtype_and_mtp_is_carried_over(
 def test_unlike_dtypes_of_base_and_donor_give_the_bases(pairs: Pairs, tmp_path: Path) -> None:
     pair = pairs("qwen3").copy(tmp_path / "pair")
     save_tensors(pair.donor, {n: t.float() for n, t in load_tensors(pair.donor).items()})
-    staged(pair, tmp_path / "store", tmp_path / "out")
-    staged(pairs("qwen3"), tmp_path / "store", tmp_path / "same")
+    merged(pair, tmp_path / "store", tmp_path / "out")
+    merged(pairs("qwen3"), tmp_path / "store", tmp_path / "same")
     found, wanted = load_tensors(tmp_path / "out"), load_tensors(tmp_path / "same")
     assert {n: bits(t) for n, t in found.items()} == {n: bits(t) for n, t in wanted.items()}

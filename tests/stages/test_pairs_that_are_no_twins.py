@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import TinyPair, load_tensors, save_tensors, write_fp8
-from tiny_merge import asked, merged, same_bits, staged
+from tiny_merge import asked, merged, reported, same_bits
 
 from crane_tasks.errors import CheckpointError, RecipeError, ScoreError
 from crane_tasks.evaluate.stage import EVALUATE, read_comparison
@@ -42,10 +42,10 @@ def test_an_allowed_difference_is_named_wherever_the_merge_is_described(
     rotary = {"rope_type": "default", "rope_theta": 500000.0}
     change_config(dense.donor, rope_parameters=rotary, unsloth_version="1")
     with pytest.raises(CheckpointError, match=r"rope_theta: 10000\.0 against 500000\.0"):
-        staged(dense, tmp_path / "store", tmp_path / "out")
+        merged(dense, tmp_path / "store", tmp_path / "out")
     heard: list[str] = []
     allowed = "pair.allow=[rope_theta]"
-    merged(dense, tmp_path / "store", tmp_path / "out", allowed, notice=heard.append)
+    reported(dense, tmp_path / "store", tmp_path / "out", allowed, notice=heard.append)
     card = (tmp_path / "out" / "README.md").read_text()
     report = (tmp_path / "out-report" / "report.md").read_text()
     for text in ("\n".join(heard), card, report):
@@ -55,19 +55,19 @@ def test_an_allowed_difference_is_named_wherever_the_merge_is_described(
     assert config["rope_parameters"]["rope_theta"] == 10000.0
     # What was allowed once is not allowed for good: the delta is in the store by now.
     with pytest.raises(CheckpointError, match="rope_theta"):
-        staged(dense, tmp_path / "store", tmp_path / "again")
+        merged(dense, tmp_path / "store", tmp_path / "again")
 
 
 def test_keys_that_no_class_knows_change_no_bit(dense: TinyPair, tmp_path: Path) -> None:
-    staged(dense, tmp_path / "store", tmp_path / "out")
+    merged(dense, tmp_path / "store", tmp_path / "out")
     change_config(dense.donor, use_mrope=False, mlp_bias=False)
-    staged(dense, tmp_path / "store", tmp_path / "other")
+    merged(dense, tmp_path / "store", tmp_path / "other")
     assert same_bits(load_tensors(tmp_path / "out"), load_tensors(tmp_path / "other"))
 
 
 def test_a_field_that_does_not_differ_cannot_be_allowed(dense: TinyPair, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"pair\.allow: .*rope_theta; leave it out"):
-        staged(dense, tmp_path / "store", tmp_path / "out", "pair.allow=[rope_theta]")
+        merged(dense, tmp_path / "store", tmp_path / "out", "pair.allow=[rope_theta]")
 
 
 # Equal weights
@@ -85,7 +85,7 @@ def test_a_donor_equal_to_the_base_is_refused_before_anything_is_made(
     dense: TinyPair, tmp_path: Path
 ) -> None:
     with pytest.raises(CheckpointError, match="there is nothing to merge"):
-        staged(dense, tmp_path / "store", tmp_path / "out", "donor=base")
+        merged(dense, tmp_path / "store", tmp_path / "out", "donor=base")
     assert not list((tmp_path / "store").glob("*/*/crane.json")) and not (tmp_path / "out").exists()
 
 
@@ -94,7 +94,7 @@ def test_equal_weights_in_other_files_are_refused_before_any_scoring(
 ) -> None:
     freeze(dense, "")
     with pytest.raises(CheckpointError, match=r"has the weights of the base .* Name another donor"):
-        staged(dense, tmp_path / "store", tmp_path / "out")
+        merged(dense, tmp_path / "store", tmp_path / "out")
     assert (tmp_path / "store" / "delta").exists()
     assert not any((tmp_path / "store" / name).exists() for name in ("calibration", "scores"))
 
@@ -102,7 +102,7 @@ def test_equal_weights_in_other_files_are_refused_before_any_scoring(
 def test_a_frozen_layer_has_no_score_and_no_say(dense: TinyPair, tmp_path: Path) -> None:
     """S(c) is that of the other layer alone, as it would be without the frozen one."""
     freeze(dense, "layers.0.")
-    scores = staged(dense, tmp_path / "store", tmp_path / "out")
+    scores = merged(dense, tmp_path / "store", tmp_path / "out")
     found = scores_of(scores.ctx, scores.keys)
     assert set(found.per_layer[0].values()) == {0.0}
     assert found.per_layer[1]["ffn"] == 1.0 and found.baseline == {1: "ffn"}
@@ -117,7 +117,7 @@ def test_where_all_layers_are_frozen_nothing_is_scored(dense: TinyPair, tmp_path
     """Embeddings alone differ: they move by their own fractions, which no gate rules."""
     freeze(dense, "layers.", "norm")
     rows = 'merge.embedding={rows: {"<think>": 0.8}}'
-    result = staged(dense, tmp_path / "store", tmp_path / "out", rows)
+    result = merged(dense, tmp_path / "store", tmp_path / "out", rows)
     found = scores_of(result.ctx, result.keys)
     assert {s for row in found.per_layer.values() for s in row.values()} == {0.0}
     assert set(found.per_component.values()) == {0.0}
@@ -133,8 +133,8 @@ def test_a_baseline_that_is_frozen_in_a_layer_that_moves_is_named(
     with pytest.raises(
         ScoreError, match=r"layer 0: .*'ffn'.*same weights there: .*\(attention, norm"
     ):
-        staged(dense, tmp_path / "store", tmp_path / "out")
-    staged(dense, tmp_path / "store", tmp_path / "out", "gate.baseline=attention")
+        merged(dense, tmp_path / "store", tmp_path / "out")
+    merged(dense, tmp_path / "store", tmp_path / "out", "gate.baseline=attention")
 
 
 def test_frozen_layers_have_no_part_in_how_steady_scores_are(
@@ -163,11 +163,11 @@ def cut_rows(folder: Path, rows: int) -> None:
 def test_rows_that_the_donor_lacks_stay_the_bases(moe_pair: TinyPair, tmp_path: Path) -> None:
     """All else is, bit for bit, the merge with a donor that has them."""
     changes = ("merge.embedding.scale=0.5", "merge.lm_head.scale=0.5")
-    staged(moe_pair, tmp_path / "twins", tmp_path / "whole", *changes)
+    merged(moe_pair, tmp_path / "twins", tmp_path / "whole", *changes)
     pair = moe_pair.copy(tmp_path / "pair")
     cut_rows(pair.donor, 300)
     heard: list[str] = []
-    staged(pair, tmp_path / "store", tmp_path / "out", *changes, notice=heard.append)
+    merged(pair, tmp_path / "store", tmp_path / "out", *changes, notice=heard.append)
     told = "base's embedding has 320 rows, the donor's 300: the first 300 are merged"
     assert told in "".join(heard) and told in (tmp_path / "out" / "README.md").read_text()
     base, found, whole = (
@@ -186,12 +186,12 @@ def test_models_of_unlike_vocabularies_are_compared_over_what_both_have(
 ) -> None:
     """The base's own rows again, and five more in the donor."""
     pair = moe_pair.copy(tmp_path / "pair")
-    twins = staged(pair, tmp_path / "twins", tmp_path / "whole")
+    twins = merged(pair, tmp_path / "twins", tmp_path / "whole")
     donor = load_tensors(pair.donor)
     wider = {n: torch.cat([donor[n], donor[n][:5] * 0 - 9]) for n in (EMBEDDING, HEAD)}
     save_tensors(pair.donor, donor | wider)
     change_config(pair.donor, vocab_size=325)
-    found = staged(pair, tmp_path / "store", tmp_path / "out")
+    found = merged(pair, tmp_path / "store", tmp_path / "out")
     ours, theirs = (
         read_comparison(r.ctx.store.open(r.keys[EVALUATE]))["models"] for r in (found, twins)
     )
@@ -203,7 +203,7 @@ def test_models_of_unlike_vocabularies_are_compared_over_what_both_have(
 def test_rows_that_the_base_lacks_are_left_out(moe_pair: TinyPair, tmp_path: Path) -> None:
     pair = moe_pair.copy(tmp_path / "pair")
     cut_rows(pair.base, 300)
-    staged(pair, tmp_path / "store", tmp_path / "out", "merge.lm_head.scale=0.5")
+    merged(pair, tmp_path / "store", tmp_path / "out", "merge.lm_head.scale=0.5")
     base, donor, found = map(load_tensors, (pair.base, pair.donor, tmp_path / "out"))
     assert found[HEAD].shape == (300, 32)
     wanted = base[HEAD].float() + 0.5 * (donor[HEAD][:300].float() - base[HEAD].float())
@@ -216,19 +216,19 @@ def test_a_donor_with_fewer_rows_than_the_tokenizer_has_tokens_is_refused(
     pair = moe_pair.copy(tmp_path / "pair")
     cut_rows(pair.donor, 200)
     with pytest.raises(CheckpointError, match=r"donor: its embedding has 200 rows, the tokenizer"):
-        staged(pair, tmp_path / "store", tmp_path / "out")
+        merged(pair, tmp_path / "store", tmp_path / "out")
 
 
 def test_a_tied_base_takes_an_untied_donors_embedding_and_leaves_its_head(
     dense: TinyPair, tmp_path: Path
 ) -> None:
     changes = ("merge.embedding.scale=0.5",)
-    staged(dense, tmp_path / "twins", tmp_path / "whole", *changes)
+    merged(dense, tmp_path / "twins", tmp_path / "whole", *changes)
     donor = load_tensors(dense.donor)
     save_tensors(dense.donor, donor | {HEAD: donor[EMBEDDING] * 2})
     change_config(dense.donor, tie_word_embeddings=False)
     heard: list[str] = []
-    staged(dense, tmp_path / "store", tmp_path / "out", *changes, notice=heard.append)
+    merged(dense, tmp_path / "store", tmp_path / "out", *changes, notice=heard.append)
     assert "the donor's `lm_head.weight` is left" in "".join(heard)
     assert same_bits(load_tensors(tmp_path / "out"), load_tensors(tmp_path / "whole"))
 
@@ -242,7 +242,7 @@ def test_an_untied_base_takes_a_tied_donors_embedding_for_its_head(
     save_tensors(pair.donor, donor)
     change_config(pair.donor, tie_word_embeddings=True)
     heard: list[str] = []
-    staged(pair, tmp_path / "store", tmp_path / "out", notice=heard.append)
+    merged(pair, tmp_path / "store", tmp_path / "out", notice=heard.append)
     assert "the donor's embedding stands for its head, too" in "".join(heard)
     base, found = load_tensors(pair.base), load_tensors(tmp_path / "out")
     wanted = base[HEAD].float() + 0.03 * (donor[EMBEDDING].float() - base[HEAD].float())
@@ -255,8 +255,8 @@ def test_a_section_for_a_head_that_is_the_embedding_is_refused(
     """It did nothing, and had everything after it made anew."""
     for change in ("scale=0.5", 'rows={"<think>": 0.8}', "keep_special=false"):
         with pytest.raises(RecipeError, match=r"merge\.lm_head: .*Set merge\.embedding"):
-            staged(dense, tmp_path / "store", tmp_path / "out", f"merge.lm_head.{change}")
-    staged(dense, tmp_path / "store", tmp_path / "out", "merge.lm_head.scale=0.03")
+            merged(dense, tmp_path / "store", tmp_path / "out", f"merge.lm_head.{change}")
+    merged(dense, tmp_path / "store", tmp_path / "out", "merge.lm_head.scale=0.03")
 
 
 # FP8
@@ -273,9 +273,9 @@ def test_an_fp8_side_merges_as_the_bfloat16_that_it_stands_for(
         save_tensors(plain.folder / side, meant, shards=2)
     for side in {"base", "donor"} - set(sides):
         save_tensors(plain.folder / side, load_tensors(packed.folder / side), shards=2)
-    wanted = staged(plain, tmp_path / "store", tmp_path / "wanted")
+    wanted = merged(plain, tmp_path / "store", tmp_path / "wanted")
     heard: list[str] = []
-    found = staged(packed, tmp_path / "store", tmp_path / "out", notice=heard.append)
+    found = merged(packed, tmp_path / "store", tmp_path / "out", notice=heard.append)
     assert same_bits(load_tensors(tmp_path / "out"), load_tensors(tmp_path / "wanted"))
     metrics = [
         read_comparison(r.ctx.store.open(r.keys[EVALUATE]))["models"] for r in (found, wanted)
@@ -295,7 +295,7 @@ def test_the_merge_of_an_fp8_base_is_a_plain_bfloat16_checkpoint(
 
     pair = moe_pair.copy(tmp_path / "pair")
     meant = write_fp8(pair.base)
-    result = staged(pair, tmp_path / "store", tmp_path / "out")
+    result = merged(pair, tmp_path / "store", tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     theirs = json.loads((pair.base / "config.json").read_text())
     assert config == {k: v for k, v in theirs.items() if k != "quantization_config"}
@@ -306,7 +306,7 @@ def test_the_merge_of_an_fp8_base_is_a_plain_bfloat16_checkpoint(
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in found.values())
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
     assert model.dtype == torch.bfloat16
-    again = staged(pair, tmp_path / "store", tmp_path / "out")
+    again = merged(pair, tmp_path / "store", tmp_path / "out")
     assert {b.status for b in again.stages} == {"reused"}
     # A sweep measures what was written.
     swept = sweep(asked(pair, tmp_path / "sweeps"), [0.5], folder=tmp_path / "grid").points[0]
@@ -320,5 +320,5 @@ def test_what_is_carried_of_an_fp8_base_is_read_as_well(pairs: Pairs, tmp_path: 
     mtp = {"mtp.fc.weight": torch.randn(24, 16).bfloat16()}
     save_tensors(pair.base, load_tensors(pair.base) | mtp)
     meant = write_fp8(pair.base)
-    staged(pair, tmp_path / "store", tmp_path / "out")
+    merged(pair, tmp_path / "store", tmp_path / "out")
     assert torch.equal(load_tensors(tmp_path / "out")["mtp.fc.weight"], meant["mtp.fc.weight"])

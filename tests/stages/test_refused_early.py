@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import NAMES, TinyPair, load_tensors, save_tensors
-from tiny_merge import merged, staged, statuses, weight_bytes
+from tiny_merge import merged, statuses, weight_bytes
 
 from artifacts.store import Store
 from artifacts.tensors import chunk_files
@@ -104,7 +104,7 @@ def finished(
 ) -> tuple[TinyPair, Path]:
     """A merged pair and the folder of its `store` and `out`."""
     folder = tmp_path_factory.mktemp("finished")
-    staged(pairs("qwen3_moe"), folder / "store", folder / "out")
+    merged(pairs("qwen3_moe"), folder / "store", folder / "out")
     return pairs("qwen3_moe"), folder
 
 
@@ -112,10 +112,10 @@ def test_a_second_output_of_the_same_merge_is_written_and_the_first_stays(
     finished: tuple[TinyPair, Path], tmp_path: Path
 ) -> None:
     pair, folder = finished
-    again = staged(pair, folder / "store", tmp_path / "other")
+    again = merged(pair, folder / "store", tmp_path / "other")
     assert statuses(again)["apply"] == "computed"
     assert weight_bytes(tmp_path / "other") == weight_bytes(folder / "out")
-    assert statuses(staged(pair, folder / "store", folder / "out"))["apply"] == "reused"
+    assert statuses(merged(pair, folder / "store", folder / "out"))["apply"] == "reused"
 
 
 def test_an_output_that_the_store_has_not_heard_of_is_not_written_again(
@@ -131,7 +131,7 @@ def test_an_output_that_the_store_has_not_heard_of_is_not_written_again(
     lines = [json.dumps({"unit": name, **record}) for name, record in units.items()]
     (draft / "units.jsonl").write_text("\n".join(lines) + "\n")
     (draft / "manifest.json").unlink()
-    again = staged(pair, folder / "store", folder / "out")
+    again = merged(pair, folder / "store", folder / "out")
     assert statuses(again)["apply"] == "resumed"
     assert weight_bytes(folder / "out") == before
     assert {f.name: f.stat().st_mtime_ns for f in (folder / "out").iterdir()} == made
@@ -143,7 +143,7 @@ def test_an_output_that_lost_a_side_file_is_written_again(
 ) -> None:
     pair, folder = finished
     (folder / "out" / "config.json").unlink()
-    assert statuses(staged(pair, folder / "store", folder / "out"))["apply"] == "computed"
+    assert statuses(merged(pair, folder / "store", folder / "out"))["apply"] == "computed"
     assert (folder / "out" / "config.json").read_bytes() == (pair.base / "config.json").read_bytes()
 
 
@@ -157,10 +157,10 @@ def test_an_output_whose_weights_were_changed_is_written_again(
         stream.seek(-4, os.SEEK_END)
         stream.write(b"XXXX")
     assert weight_bytes(folder / "out") != before
-    assert statuses(staged(pair, folder / "store", folder / "out"))["apply"] == "computed"
+    assert statuses(merged(pair, folder / "store", folder / "out"))["apply"] == "computed"
     assert weight_bytes(folder / "out") == before
     file.touch()  # changed in name only: read, and found sound
-    assert statuses(staged(pair, folder / "store", folder / "out"))["apply"] == "reused"
+    assert statuses(merged(pair, folder / "store", folder / "out"))["apply"] == "reused"
 
 
 @pytest.mark.parametrize("way", ["merge", "sweep"])
@@ -171,7 +171,7 @@ def test_a_place_where_no_output_can_be_is_refused_before_anything(
     pair, output = pairs("qwen3_moe"), tmp_path / "file" / "deep" / "out"
     with pytest.raises(OutputError, match=re.escape(f"{tmp_path / 'file'} is a file")):
         if way == "merge":
-            staged(pair, tmp_path / "store", output)
+            merged(pair, tmp_path / "store", output)
         else:
             check_sweep_folder(output, {})
     assert not list((tmp_path / "store").glob("*/*"))
@@ -201,4 +201,4 @@ def test_scores_that_only_the_report_reads_are_mended(
     scored = compute_scores(Session(pair.recipe(), store, notice=notices.append))
     assert [b.status for b in scored.stages if b.ref.stage == "scores"] == ["computed"]
     assert len(notices) == 1 and scored.scores.per_layer.keys() == {0, 1}
-    assert set(statuses(staged(pair, folder / "store", folder / "out"))) == set(NAMES)
+    assert set(statuses(merged(pair, folder / "store", folder / "out"))) == set(NAMES)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TinyPair, load_tensors
-from tiny_merge import PlainMerge, component_of, merged, staged, statuses
+from tiny_merge import PlainMerge, component_of, merged, statuses
 from torch import Tensor
 
 from crane_tasks.numerics.regression import SHRINKAGE
@@ -46,7 +46,7 @@ def assert_is(plain: PlainMerge, found: dict[str, Tensor], edit: Callable[[str],
 def test_a_merge_by_regmean_is_its_formula(which: str, pairs: Pairs, tmp_path: Path) -> None:
     pair = pairs(which)
     place = (pair, tmp_path / "store", tmp_path / "out")
-    staged(*place, "merge.method=regmean", f"merge.protect={PROTECT}", "alpha=1.2")
+    merged(*place, "merge.method=regmean", f"merge.protect={PROTECT}", "alpha=1.2")
     plain = PlainMerge(pair, alpha=1.2, tau=0.03, sites="all")
     sets = {}
     for kind in ("reasoning", "agent"):
@@ -65,7 +65,7 @@ def test_a_merge_by_regmean_is_its_formula(which: str, pairs: Pairs, tmp_path: P
 def test_a_merge_by_aim_is_its_formula(pairs: Pairs, tmp_path: Path) -> None:
     pair = pairs("qwen3_moe")
     place = (pair, tmp_path / "store", tmp_path / "out")
-    staged(*place, "merge.method=aim", f"merge.omega={OMEGA}", "alpha=0.5")
+    merged(*place, "merge.method=aim", f"merge.omega={OMEGA}", "alpha=0.5")
     plain = PlainMerge(pair, alpha=0.5, tau=0.03, sites="all")
 
     def relaxed(name: str) -> Tensor:
@@ -91,7 +91,7 @@ def test_another_weight_of_the_agent_set_reads_the_same_moments(
     card = (tmp_path / "b" / "README.md").read_text()
     assert "RegMean" in card and "protect" in card
     # Crane reads none of it.
-    assert "moments" not in statuses(staged(*place, tmp_path / "c"))
+    assert "moments" not in statuses(merged(*place, tmp_path / "c"))
 
 
 def test_the_regression_may_stand_behind_other_thresholds_and_gates(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from conftest import NAMES, TinyPair, build_pair, load_tensors, save_tensors
-from tiny_merge import fused, merged, per_expert, same_bits, staged, statuses, weight_bytes
+from tiny_merge import fused, merged, per_expert, same_bits, statuses, weight_bytes
 
 from artifacts.store import Store
 from artifacts.tensors import chunk_files
@@ -82,7 +82,7 @@ def test_a_change_recomputes_what_depends_on_it_and_nothing_else(
 ) -> None:
     expected = RULES[change]
     output = tmp_path / "out" if "apply" in expected else workshop.output
-    found = statuses(staged(workshop.pair, workshop.store, output, *change.split(" ")))
+    found = statuses(merged(workshop.pair, workshop.store, output, *change.split(" ")))
     assert {stage for stage, status in found.items() if status == "computed"} == expected
     assert {stage for stage, status in found.items() if status == "reused"} == (
         set(NAMES) - expected
@@ -92,7 +92,7 @@ def test_a_change_recomputes_what_depends_on_it_and_nothing_else(
 def test_other_shards_are_written_anew_and_nothing_else_is_computed(
     workshop: Workshop, tmp_path: Path
 ) -> None:
-    found = staged(workshop.pair, workshop.store, tmp_path / "out", "run.shard_size=40KB")
+    found = merged(workshop.pair, workshop.store, tmp_path / "out", "run.shard_size=40KB")
     assert {s for s, status in statuses(found).items() if status != "reused"} == {"apply"}
     assert same_bits(load_tensors(tmp_path / "out"), load_tensors(workshop.output))
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 2
@@ -109,33 +109,33 @@ def test_the_index_fits_the_shards_also_where_they_bear_the_bases_names(
         for size, plan in plans.items()
         if [s.file for s in plan] == [s.file for s in own] and plan[0].entries != own[0].entries
     )
-    staged(workshop.pair, workshop.store, tmp_path / "out", f"run.shard_size={size}")
+    merged(workshop.pair, workshop.store, tmp_path / "out", f"run.shard_size={size}")
     assert Checkpoint.open(tmp_path / "out").entries.keys() == base.entries.keys()
 
 
 def test_a_deleted_output_is_written_again_and_nothing_else_is_computed(
     workshop: Workshop,
 ) -> None:
-    staged(workshop.pair, workshop.store, workshop.output)
+    merged(workshop.pair, workshop.store, workshop.output)
     before = weight_bytes(workshop.output)
     shutil.rmtree(workshop.output)
-    found = statuses(staged(workshop.pair, workshop.store, workshop.output))
+    found = statuses(merged(workshop.pair, workshop.store, workshop.output))
     assert {s for s, status in found.items() if status != "reused"} == {"apply"}
     assert weight_bytes(workshop.output) == before
 
 
 def test_a_copied_pair_hits(workshop: Workshop, tmp_path: Path) -> None:
-    staged(workshop.pair, workshop.store, workshop.output)
+    merged(workshop.pair, workshop.store, workshop.output)
     copied = workshop.pair.copy(tmp_path / "copy")
-    assert set(statuses(staged(copied, workshop.store, workshop.output)).values()) == {"reused"}
+    assert set(statuses(merged(copied, workshop.store, workshop.output)).values()) == {"reused"}
 
 
 def test_a_moved_pair_hits(workshop: Workshop, tmp_path: Path) -> None:
-    staged(workshop.pair, workshop.store, workshop.output)
+    merged(workshop.pair, workshop.store, workshop.output)
     moved = TinyPair("qwen3_moe", tmp_path / "moved")
     shutil.move(workshop.pair.folder, moved.folder)
     try:
-        found = statuses(staged(moved, workshop.store, workshop.output))
+        found = statuses(merged(moved, workshop.store, workshop.output))
     finally:
         shutil.move(moved.folder, workshop.pair.folder)
     assert set(found.values()) == {"reused"}
@@ -146,14 +146,14 @@ def test_a_donor_sharded_otherwise_gives_the_same_weights(
 ) -> None:
     other = workshop.pair.copy(tmp_path / "pair")
     save_tensors(other.donor, load_tensors(other.donor), shards=5)
-    staged(other, tmp_path / "store", tmp_path / "out")
+    merged(other, tmp_path / "store", tmp_path / "out")
     assert weight_bytes(tmp_path / "out") == weight_bytes(workshop.output)
 
 
 def test_a_fused_donor_gives_the_same_weights(workshop: Workshop, tmp_path: Path) -> None:
     other = workshop.pair.copy(tmp_path / "pair")
     save_tensors(other.donor, fused(load_tensors(other.donor)), shards=2)
-    staged(other, tmp_path / "store", tmp_path / "out")
+    merged(other, tmp_path / "store", tmp_path / "out")
     assert weight_bytes(tmp_path / "out") == weight_bytes(workshop.output)
 
 
@@ -183,7 +183,7 @@ READ = {
 
 @pytest.mark.parametrize("stage", READ)
 def test_a_damaged_artifact_is_set_aside_and_computed_again(stage: str, workshop: Workshop) -> None:
-    staged(workshop.pair, workshop.store, workshop.output)
+    merged(workshop.pair, workshop.store, workshop.output)
     before = weight_bytes(workshop.output)
     keys = workshop.first.keys
     ref = keys.refs["format" if stage == "calibration" else stage]
@@ -197,7 +197,7 @@ def test_a_damaged_artifact_is_set_aside_and_computed_again(stage: str, workshop
     if stage == "calibration":
         shutil.rmtree(store.path(keys.refs["projector"]))
     notices: list[str] = []
-    again = staged(workshop.pair, workshop.store, workshop.output, notice=notices.append)
+    again = merged(workshop.pair, workshop.store, workshop.output, notice=notices.append)
     assert len(notices) == 1
     assert ref.key in notices[0] and "Set aside" in notices[0]
     assert weight_bytes(workshop.output) == before
@@ -208,10 +208,10 @@ def test_a_damaged_artifact_is_set_aside_and_computed_again(stage: str, workshop
 def test_an_output_of_another_merge_is_refused_unless_forced(
     workshop: Workshop, tmp_path: Path
 ) -> None:
-    staged(workshop.pair, workshop.store, tmp_path / "out", "alpha=0.3")
+    merged(workshop.pair, workshop.store, tmp_path / "out", "alpha=0.3")
     before = weight_bytes(tmp_path / "out")
     with pytest.raises(OutputError, match="another merge"):
-        staged(workshop.pair, workshop.store, tmp_path / "out", "alpha=0.31")
+        merged(workshop.pair, workshop.store, tmp_path / "out", "alpha=0.31")
     assert weight_bytes(tmp_path / "out") == before
     merged(workshop.pair, workshop.store, tmp_path / "out", "alpha=0.31", force=True)
     assert weight_bytes(tmp_path / "out") != before

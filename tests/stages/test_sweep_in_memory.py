@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import TinyPair, load_tensors, save_tensors
-from tiny_merge import asked, fused, merged, staged
+from tiny_merge import asked, fused, merged
 
 from artifacts.store import Built, Store
 from crane_tasks.apply.editor import make_editor
@@ -70,7 +70,7 @@ def test_a_point_is_what_the_merge_there_is_bit_for_bit(
         assert one.status == "computed"
         assert one.metrics.keys() >= {"reasoning_loss", "tool_calls", "format_divergence"}
         place, output = tmp_path / "merges", tmp_path / f"out{alpha}"
-        staged(tiny_pair, place, output, f"alpha={alpha}", *ANSWERS)
+        merged(tiny_pair, place, output, f"alpha={alpha}", *ANSWERS)
         wanted = comparison(place, one.key)
         assert comparison(tmp_path / "store", one.key) == wanted
         assert found.models | {"merged": one.metrics} == wanted["models"]
@@ -95,14 +95,14 @@ def test_it_is_the_merge_in_whatever_form_the_base_is(
         changes += ["merge.rounding=stochastic", 'merge.lm_head.rows={"<think>": 0.8}',
                     "merge.router=slerp", "projector.sites=all"]  # fmt: skip
     one = swept(pair, tmp_path, *changes, alphas=(0.4,)).points[0]
-    staged(pair, tmp_path / "merges", tmp_path / "out", "alpha=0.4", *changes)
+    merged(pair, tmp_path / "merges", tmp_path / "out", "alpha=0.4", *changes)
     assert comparison(tmp_path / "store", one.key) == comparison(tmp_path / "merges", one.key)
 
 
 def test_the_tensors_laid_over_are_those_that_are_written(
     tiny_pair: TinyPair, tmp_path: Path
 ) -> None:
-    wanted = staged(tiny_pair, tmp_path / "store", tmp_path / "out")
+    wanted = merged(tiny_pair, tmp_path / "store", tmp_path / "out")
     editor = make_editor(wanted.ctx, wanted.keys)
     written = load_tensors(tmp_path / "out")
     for name, slot in editor.base.slots.items():
@@ -180,7 +180,7 @@ def test_a_merge_reuses_a_points_evaluation_and_a_sweep_a_merges(
     assert (became["apply"], became["evaluate"]) == ("computed", "reused")
     assert later.evaluation["gate"].keys() == {"predicted", "realised"}
     assert all(v is not None for v in later.evaluation["gate"]["predicted"].values())
-    staged(moe_pair, tmp_path / "store", tmp_path / "out7", "alpha=0.7")
+    merged(moe_pair, tmp_path / "store", tmp_path / "out7", "alpha=0.7")
     assert swept(moe_pair, tmp_path, alphas=(0.7,)).points[0].status == "reused"
 
 
@@ -196,7 +196,7 @@ def test_any_recipe_field_is_an_axis(moe_pair: TinyPair, tmp_path: Path) -> None
     # Two ranks, two projectors; everything else is shared.
     assert calls.named("projector") == ["computed", "computed"]
     assert calls.named("scores") == ["computed", "reused"]
-    staged(moe_pair, tmp_path / "merges", tmp_path / "out", "alpha=0.5", "projector.rank=4",
+    merged(moe_pair, tmp_path / "merges", tmp_path / "out", "alpha=0.5", "projector.rank=4",
            "merge.lm_head.scale=0.5")  # fmt: skip
     assert comparison(tmp_path / "merges", at.key)["models"]["merged"] == at.metrics
 

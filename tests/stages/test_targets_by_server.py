@@ -19,7 +19,7 @@ from completions_server import (
     write_prompts,
 )
 from conftest import TinyPair
-from tiny_merge import merged
+from tiny_merge import merged, reported
 
 from artifacts.store import Artifact, Store
 from crane_tasks.calibration.sets import read_set
@@ -327,7 +327,7 @@ def test_a_merge_with_held_out_rows_by_a_server_says_what_its_targets_are(
     served.ids = "none"
     notices: list[str] = []
     place = (pair, tmp_path / "store", tmp_path / "out")
-    result = merged(*place, served.assignment(), *SHORTER, notice=notices.append)
+    result = reported(*place, served.assignment(), *SHORTER, notice=notices.append)
     sources = ("reasoning.jsonl", "heldout_reasoning.jsonl")
     by_text = [text.split(":")[0] for text in notices if "cut into tokens anew" in text]
     assert by_text == list(sources)

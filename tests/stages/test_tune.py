@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,13 @@ def search(pair: TinyPair, folder: Path, *assignments: str, **more: Any) -> Tune
 def found(pair: TinyPair, tmp_path_factory: pytest.TempPathFactory) -> Tuned:
     """A search that nobody stopped."""
     return search(pair, tmp_path_factory.mktemp("undisturbed"))
+
+
+@pytest.fixture
+def warm(found: Tuned, tmp_path: Path) -> None:
+    """A store that has whatever the points of a search share, and has measured none of them."""
+    store = found.trials.output.parent / "store"
+    shutil.copytree(store, tmp_path / "store", ignore=shutil.ignore_patterns("evaluate", "tune"))
 
 
 def told(tuned: Tuned) -> list[tuple[Any, ...]]:
@@ -120,6 +128,7 @@ def test_the_rivals_are_plain_methods_at_their_best_alpha(found: Tuned) -> None:
     assert found.unseen.keys() == {"base", "donor", "best", "linear", "task_arithmetic"}
 
 
+@pytest.mark.usefixtures("warm")
 def test_the_same_seed_finds_the_same_and_another_one_does_not(
     found: Tuned, pair: TinyPair, tmp_path: Path
 ) -> None:
@@ -132,6 +141,7 @@ def test_the_same_seed_finds_the_same_and_another_one_does_not(
     assert told(other)[known] != told(found)[known]
 
 
+@pytest.mark.usefixtures("warm")
 @pytest.mark.parametrize("place", [0, 1, BUDGET // 2])
 def test_a_search_that_was_stopped_goes_on_as_if_it_had_not_been(
     place: int, found: Tuned, pair: TinyPair, tmp_path: Path
@@ -152,6 +162,7 @@ def test_a_search_that_was_stopped_goes_on_as_if_it_had_not_been(
     assert later.known == place and len(notices) == (1 if place else 0)
 
 
+@pytest.mark.usefixtures("warm")
 def test_half_a_line_in_the_journal_and_a_stale_lock_are_mended(
     found: Tuned, pair: TinyPair, tmp_path: Path
 ) -> None:
@@ -163,6 +174,7 @@ def test_half_a_line_in_the_journal_and_a_stale_lock_are_mended(
     assert told(search(pair, tmp_path, budget=3)) == told(found)[:3]
 
 
+@pytest.mark.usefixtures("warm")
 def test_a_finished_search_says_so_and_measures_nothing(pair: TinyPair, tmp_path: Path) -> None:
     first = search(pair, tmp_path, budget=2)
     calls, notices = [], []
@@ -210,6 +222,7 @@ def test_too_few_rows_are_refused(pair: TinyPair, tmp_path: Path) -> None:
         split_rows(alike, "alike")
 
 
+@pytest.mark.usefixtures("warm")
 def test_a_requirement_that_nothing_keeps_is_told_with_what_is_missing(
     pair: TinyPair, tmp_path: Path
 ) -> None:
@@ -255,6 +268,7 @@ def test_a_folder_of_something_else_is_left_alone(pair: TinyPair, tmp_path: Path
     assert mine.read_text() == "mine"
 
 
+@pytest.mark.usefixtures("warm")
 def test_without_requirements_and_answers_the_least_loss_wins(
     pair: TinyPair, tmp_path: Path
 ) -> None:
@@ -264,6 +278,7 @@ def test_without_requirements_and_answers_the_least_loss_wins(
     assert free.reasons == {}
 
 
+@pytest.mark.usefixtures("warm")
 def test_a_point_that_cannot_be_measured_costs_the_search_nothing_else(
     pair: TinyPair, tmp_path: Path
 ) -> None:

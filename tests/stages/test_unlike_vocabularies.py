@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TinyPair, load_tensors
-from tiny_merge import asked, merged
+from tiny_merge import asked, reported
 
 from crane_tasks.apply.rows import check_rows, row_factors
 from crane_tasks.apply.stage import APPLY
@@ -89,7 +89,7 @@ def test_rows_of_tokens_that_one_side_has_stay_the_bases_and_are_named(desk: Des
 def test_a_merge_of_such_a_pair_keeps_those_rows_and_says_so(desk: Desk) -> None:
     desk.rename("<tool_response>", "<observation>")
     settings = ("merge.lm_head.scale=0.5", "merge.lm_head.keep_special=false")
-    merged(desk.pair, desk.folder / "store", desk.folder / "out", *settings)
+    reported(desk.pair, desk.folder / "store", desk.folder / "out", *settings)
     heads = [load_tensors(f)["lm_head.weight"] for f in (desk.folder / "out", desk.pair.base)]
     same = (heads[0] == heads[1]).all(dim=1)
     assert same[5] and not same[4] and not same[6]

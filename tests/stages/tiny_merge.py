@@ -23,14 +23,17 @@ def asked(pair: TinyPair, store: Path, *assignments: str, **heard: Any) -> Sessi
 
 
 def merged(pair: TinyPair, store: Path, output: Path, *assignments: str, **heard: Any) -> Merged:
-    """Merge a pair with `--set` changes."""
-    return merge(asked(pair, store, *assignments, f"run.output={output}", **heard))
+    """Merge a pair with `--set` changes; no report, to draw one takes longer than the merge."""
+    return merge(_session(pair, store, output, *assignments, **heard), report=False)
 
 
-def staged(pair: TinyPair, store: Path, output: Path, *assignments: str, **heard: Any) -> Merged:
-    """The same without the report, whose pictures take longer than a tiny merge."""
-    session = asked(pair, store, *assignments, f"run.output={output}", **heard)
-    return merge(session, report=False)
+def reported(pair: TinyPair, store: Path, output: Path, *assignments: str, **heard: Any) -> Merged:
+    """The same with its report."""
+    return merge(_session(pair, store, output, *assignments, **heard))
+
+
+def _session(pair: TinyPair, store: Path, output: Path, *assignments: str, **heard: Any) -> Session:
+    return asked(pair, store, *assignments, f"run.output={output}", **heard)
 
 
 def statuses(result: Merged) -> dict[str, str]:
