@@ -17,7 +17,7 @@ from pydantic import (
 )
 
 from crane_tasks.merge_section import Merge
-from crane_tasks.section import Endpoint, Section
+from crane_tasks.section import Data, Endpoint, Section
 
 
 def _kind_of_targets(value: Any) -> str:
@@ -38,7 +38,10 @@ WHO_CONTINUES = (
 )
 LONGEST = "tokens of a decoded target, at most"
 LONGEST_PROMPT = "tokens of a prompt, at most; a row with a longer one is refused"
-ROWS = "JSONL, JSON or Parquet file, or the id of a hub dataset"
+ROWS = (
+    "JSONL, JSON or Parquet file, or the id of a hub dataset; or {path: ..., subset: ..., split: "
+    "..., limit: ..., seed: ...}"
+)
 ON_LOST = (
     "a row of which the chat template does not show a turn, tool or call: refuse it, or notice"
 )
@@ -57,7 +60,7 @@ class PairRules(Section):
 class RowsSection(Section):
     """A set of conversations that the chat template writes."""
 
-    data: str = Field(description=ROWS)
+    data: Data = Field(description=ROWS)
     chat_template_kwargs: dict[str, Any] = Field(default={}, description=OPTIONS)
     on_lost: Literal["refuse", "notice"] = Field(default="refuse", description=ON_LOST)
 
@@ -134,8 +137,8 @@ CALLS = Literal[
 
 
 class Evaluate(Section):
-    reasoning: str | None = Field(default=None, description="held-out rows, as `calibration`")
-    agent: str | None = Field(default=None, description="held-out rows, as `calibration`")
+    reasoning: Data | None = Field(default=None, description="held-out rows, as `calibration`")
+    agent: Data | None = Field(default=None, description="held-out rows, as `calibration`")
     generate: int = Field(default=0, ge=0, description="answer this many held-out prompts")
     calls: CALLS = Field(
         default="auto", description="syntax of tool calls; auto: the rows', or the chat template's"
@@ -232,7 +235,7 @@ KEYLESS = {
 }
 
 
-def data_sources(recipe: Recipe) -> list[str]:
+def data_sources(recipe: Recipe) -> list[Data]:
     """Every data file or dataset that the recipe names."""
     sets, heldout = recipe.calibration, recipe.evaluate
     named = [sets.reasoning.data, sets.agent.data, sets.format.data]

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from crane_tasks.errors import RecipeError
 from crane_tasks.recipe import TARGET_KINDS, Recipe
+from crane_tasks.section import DATA_KINDS
 
 
 def _set_dotted(data: dict[str, Any], assignment: str) -> None:
@@ -21,6 +22,9 @@ def _set_dotted(data: dict[str, Any], assignment: str) -> None:
     except yaml.YAMLError as error:
         raise RecipeError(f"--set {assignment}: the value is not YAML: {error}") from error
     _put(data, path, value, f"--set {assignment}")
+
+
+KINDS = {"targets": TARGET_KINDS, **dict.fromkeys(("data", "reasoning", "agent"), DATA_KINDS)}
 
 
 def _put(data: dict[str, Any], path: str, value: Any, what: str) -> None:
@@ -37,11 +41,11 @@ def _message(error: ValidationError, what: str) -> str:
     lines = []
     for problem in error.errors():
         parts = [str(part) for part in problem["loc"]]
-        # pydantic names the kind it took the targets for: no key of the recipe.
+        # pydantic names the kind that it took a value for: no key of the recipe.
         place = ".".join(
             part
             for before, part in zip(["", *parts], parts, strict=False)
-            if not (before == "targets" and part in TARGET_KINDS)
+            if part not in KINDS.get(before, ())
         )
         text = problem["msg"]
         if problem["type"] == "extra_forbidden":

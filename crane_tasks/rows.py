@@ -1,6 +1,7 @@
 """Rows of conversations, from files or the hub; the same rows are the same wherever they lie."""
 
 import json
+import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -12,6 +13,7 @@ from crane_tasks.conversation import characters, messages_of, template_options, 
 from crane_tasks.errors import DataError
 from crane_tasks.recipe import Recipe
 from crane_tasks.row_files import UNITS, kind_of, read_records, without_nulls
+from crane_tasks.section import Data, Rows, rows_of
 
 
 @dataclass(frozen=True)
@@ -62,8 +64,8 @@ SOURCES_KEPT = 8
 LONGEST_ROW = 2_000_000
 
 
-def load_rows(recipe: Recipe, value: str) -> RowSet:
-    """All rows of a file, or of the train split of a hub dataset.
+def load_rows(recipe: Recipe, data: Data) -> RowSet:
+    """The rows of a file or of a hub dataset that are asked for; by default all, or all to train.
 
     An unchanged file is read once per process; a hub dataset, which `datasets` keeps on
     disk, each time.
@@ -72,13 +74,32 @@ def load_rows(recipe: Recipe, value: str) -> RowSet:
         DataError: absent, unreadable, empty, or a row that is no conversation; a broken
             line or element is named by its number.
     """
-    file = recipe.locate(value)
+    asked = rows_of(data)
+    value, file = asked.path, recipe.locate(asked.path)
     if file is not None:
+        if asked.model_dump(include={"subset", "split"}, exclude_defaults=True):
+            raise DataError(f"{asked}: a file has neither subset nor split, a hub dataset has")
         stat = file.stat()
-        return _rows_of_file(file, value, stat.st_size, stat.st_mtime_ns)
-    if value.count("/") != 1 or kind_of(value) is not None:
+        return _chosen(_rows_of_file(file, value, stat.st_size, stat.st_mtime_ns), asked)
+    if value.partition("@")[0].count("/") != 1 or kind_of(value) is not None:
         raise DataError(f"{value}: no such data file beside the recipe or in this folder")
-    return _rows(enumerate(_read_hub(value), start=1), value, f"{value} row")
+    return _chosen(_rows(enumerate(_read_hub(asked), start=1), value, f"{value} row"), asked)
+
+
+def _chosen(found: RowSet, asked: Rows) -> RowSet:
+    """The first `limit` rows, or those that its seed draws, in their order."""
+    if asked.limit is None or asked.limit >= len(found.rows):
+        return found
+    places = list(range(len(found.rows)))
+    if asked.seed is not None:
+        places = sorted(random.Random(asked.seed).sample(places, asked.limit))
+    rows = tuple(found.rows[place] for place in places[: asked.limit])
+    return RowSet(str(asked), rows, digest_of_rows(rows))
+
+
+def digest_of_rows(rows: Iterable[Row]) -> str:
+    """Who rows are: by their content."""
+    return digest_of([row.content() for row in rows])
 
 
 @lru_cache(maxsize=SOURCES_KEPT)
@@ -91,20 +112,24 @@ def _rows(records: Iterable[tuple[int, Mapping[str, Any]]], value: str, place: s
     rows = tuple(_row(record, f"{place} {number}") for number, record in records)
     if not rows:
         raise DataError(f"{value}: holds no rows")
-    return RowSet(value, rows, digest_of([row.content() for row in rows]))
+    return RowSet(value, rows, digest_of_rows(rows))
 
 
-def _read_hub(name: str) -> list[dict[str, Any]]:
+def _read_hub(asked: Rows) -> list[dict[str, Any]]:
     import datasets
+
+    name, _, revision = asked.path.partition("@")
 
     datasets.disable_progress_bars()
     try:
-        records = datasets.load_dataset(name, split="train")
+        records = datasets.load_dataset(
+            name, asked.subset, split=asked.split, revision=revision or None
+        )
         return [without_nulls(dict(record)) for record in records]
     except (datasets.exceptions.DatasetsError, ValueError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise DataError(
-            f"{name}: no such data file, and the hub did not give it as a dataset: {reason}"
+            f"{asked}: no such data file, and the hub did not give it as a dataset: {reason}"
         ) from error
 
 

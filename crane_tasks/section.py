@@ -4,7 +4,15 @@ from collections.abc import Mapping
 from typing import Annotated, Any
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    field_validator,
+    model_validator,
+)
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -25,6 +33,39 @@ class Section(BaseModel):
                 "have max_new_tokens tokens besides, and a given `completion` is never cut"
             )
         return value
+
+
+class Rows(Section):
+    """Which rows of a file or of a hub dataset; where nothing else is said, a path stands alone."""
+
+    path: str = Field(description="JSONL, JSON or Parquet file, or hub id[@revision] of a dataset")
+    subset: str | None = Field(default=None, description="of a hub dataset")
+    split: str = Field(default="train", description="of a hub dataset, also a part: train[:10%]")
+    limit: int | None = Field(default=None, gt=0, description="rows at most")
+    seed: int | None = Field(
+        default=None, ge=0, description="draw `limit` rows by it; default: the first ones"
+    )
+
+    def __str__(self) -> str:
+        said = self.model_dump(exclude_defaults=True, exclude={"path"})
+        more = ", ".join(f"{name} {value}" for name, value in said.items())
+        return f"{self.path} ({more})" if more else self.path
+
+
+def rows_of(data: str | Rows) -> Rows:
+    """What a path alone stands for."""
+    return Rows(path=data) if isinstance(data, str) else data
+
+
+def _kind_of_data(value: Any) -> str:
+    return "rows" if isinstance(value, Mapping | Rows) else "path"
+
+
+DATA_KINDS = ("path", "rows")
+# Told apart before they are read, so that a message is about the one that was meant.
+Data = Annotated[
+    Annotated[str, Tag("path")] | Annotated[Rows, Tag("rows")], Discriminator(_kind_of_data)
+]
 
 
 class Endpoint(Section):

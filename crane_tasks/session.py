@@ -32,6 +32,7 @@ from crane_tasks.places import output_folder
 from crane_tasks.protocol import format_marks, syntax_of_texts, template_syntax
 from crane_tasks.recipe import Recipe, data_sources
 from crane_tasks.rows import load_rows
+from crane_tasks.section import Data
 
 Result = TypeVar("Result")
 
@@ -160,7 +161,7 @@ class Context:
             return SYNTAXES[settings.calls]
         return self._written(settings.agent or self.recipe.calibration.agent.data)
 
-    def _written(self, data: str) -> Syntax | None:
+    def _written(self, data: Data) -> Syntax | None:
         rows = load_rows(self.recipe, data)
 
         def find() -> Syntax | None:

@@ -57,7 +57,7 @@ def halves_of(recipe: Recipe) -> dict[str, tuple[list[Row], list[Row]]]:
     """
     sources = {name: getattr(recipe.evaluate, name) for name in SETS}
     return {
-        name: split_rows(load_rows(recipe, source).rows, source)
+        name: split_rows(load_rows(recipe, source).rows, str(source))
         for name, source in sources.items()
         if source is not None
     }
@@ -87,5 +87,11 @@ def _write(file: Path, rows: list[Row]) -> None:
 
 
 def _line(row: Row) -> str:
-    known = {name: value for name, value in row.content().items() if value is not None}
-    return json.dumps(known, ensure_ascii=False, sort_keys=True)
+    said = {
+        "messages": list(row.messages),
+        "tools": row.tools,
+        "completion": row.completion,
+        "chat_template_kwargs": dict(row.options) or None,
+    }
+    # Keys stay in their order, in which the template writes those of tools and calls.
+    return json.dumps({k: v for k, v in said.items() if v is not None}, ensure_ascii=False)

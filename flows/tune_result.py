@@ -141,7 +141,9 @@ def write_best(recipe: Recipe, folder: Path) -> Path:
     fields = ["base", "donor", *(f"calibration.{s}.data" for s in ("reasoning", "agent", "format")),
               *(f"evaluate.{s}" for s in ("reasoning", "agent"))]  # fmt: skip
     data = recipe.model_dump(mode="json", exclude_unset=True)
-    found = {path: recipe.locate(value) for path in fields if (value := _at(data, path))}
+    named = {path: value for path in fields if (value := _at(data, path))}
+    paths = {f"{p}.path" if isinstance(v, dict) else p: v for p, v in named.items()}
+    found = {p: recipe.locate(v["path"] if isinstance(v, dict) else v) for p, v in paths.items()}
     changes: dict[str, Any] = {path: str(place) for path, place in found.items() if place}
     changes["name"] = f"{recipe.name}-tuned"
     data = changed(recipe, changes, recipe.name).model_dump(mode="json", exclude_unset=True)

@@ -11,7 +11,7 @@ import pyarrow.parquet
 import pytest
 from conftest import TinyPair
 
-from crane_tasks.errors import DataError
+from crane_tasks.errors import DataError, RecipeError
 from crane_tasks.rows import LONGEST_ROW, RowSet, load_rows
 
 USER = {"role": "user", "content": "Is it raining?"}
@@ -195,3 +195,38 @@ def test_a_broken_file_is_refused_by_its_name(
 ) -> None:
     with pytest.raises(DataError, match=message):
         shelf.rows(name, data)
+
+
+def test_a_part_of_the_rows_is_the_file_of_these_rows(
+    pairs: Callable[[str], TinyPair], tmp_path: Path
+) -> None:
+    pair = pairs("qwen3").copy(tmp_path / "pair")
+    file = pair.folder / "format.jsonl"
+    lines = file.read_text().splitlines()
+    (pair.folder / "first.jsonl").write_text("\n".join(lines[:2]) + "\n")
+
+    def rows(data: str) -> RowSet:
+        recipe = pair.recipe(f"calibration.format.data={data}")
+        return load_rows(recipe, recipe.calibration.format.data)
+
+    assert rows("{path: format.jsonl, limit: 2}").digest == rows("first.jsonl").digest
+    assert rows("{path: format.jsonl, limit: 900}").digest == rows("format.jsonl").digest
+    drawn = rows("{path: format.jsonl, limit: 3, seed: 1}")
+    assert (
+        len(drawn.rows) == 3
+        and drawn.digest == rows("{path: format.jsonl, limit: 3, seed: 1}").digest
+    )
+    whole = [row.content() for row in rows("format.jsonl").rows]
+    places = [whole.index(row.content()) for row in drawn.rows]
+    assert places == sorted(places) and len(set(places)) == 3
+    assert {rows(f"{{path: format.jsonl, limit: 3, seed: {s}}}").digest for s in range(9)} != {
+        drawn.digest
+    }
+    with pytest.raises(DataError, match="a file has neither subset nor split"):
+        rows("{path: format.jsonl, split: test}")
+    for wrong, told in (
+        ("limit: 0", "format.data.limit"),
+        ("first: 2", "format.data.first: unknown"),
+    ):
+        with pytest.raises(RecipeError, match=told):
+            rows(f"{{path: format.jsonl, {wrong}}}")
