@@ -70,6 +70,8 @@ class Store:
             UnusableStore: it cannot be created or written, or has another format.
         """
         marker = self.root / "crane-store.json"
+        if self.root.exists() and not self.root.is_dir():
+            raise UnusableStore(f"{self.root}: the store is a folder, this is a file")
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             if not marker.exists():
@@ -79,8 +81,9 @@ class Store:
             raise UnusableStore(
                 f"{self.root}: cannot be used as a store: {marker.name}: {error}"
             ) from error
-        if written.get("format") != FORMAT:
-            raise UnusableStore(f"{self.root}: store format {written.get('format')}, not {FORMAT}")
+        found = written.get("format") if isinstance(written, dict) else written
+        if found != FORMAT:
+            raise UnusableStore(f"{self.root}: store format {found}, not {FORMAT}")
 
     def path(self, ref: Ref) -> Path:
         return self.root / ref.stage / ref.key

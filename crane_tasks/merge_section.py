@@ -5,19 +5,19 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
-from crane_tasks.section import Finite, Section
+from crane_tasks.section import Count, Number, Section
 
 
 class TokenRows(Section):
     """Embedding or lm_head: not gated, moved by a plain fraction of the delta."""
 
-    scale: Finite = Field(default=0.0, ge=0, description="fraction of the delta, every row")
-    rows: dict[str, Finite] = Field(default={}, description="token -> fraction for its row")
+    scale: Number = Field(default=0.0, ge=0, description="fraction of the delta, every row")
+    rows: dict[str, Number] = Field(default={}, description="token -> fraction for its row")
     keep_special: bool = Field(default=True, description="added tokens' rows stay at base")
 
 
 class LmHead(TokenRows):
-    scale: Finite = Field(default=0.03, ge=0, description="fraction of the delta, every row")
+    scale: Number = Field(default=0.03, ge=0, description="fraction of the delta, every row")
 
 
 def known_methods() -> list[str]:
@@ -38,20 +38,19 @@ class Merge(Section):
     projection: Literal["sigmoid", "hard", "ridge", "regression", "aim", "none"] | None = Field(
         default=None, description="P in place of the method's; none: nothing is removed"
     )
-    protect: float = Field(
+    protect: Number = Field(
         default=1.0,
         gt=0,
-        allow_inf_nan=False,
         description="of P by regression: what a change of the agent set's outputs weighs against "
         "the reasoning set's",
     )
-    omega: float = Field(
+    omega: Number = Field(
         default=0.4, ge=0, le=1, description="of P by AIM: what is left at the strongest channel"
     )
-    density: float | None = Field(
+    density: Number | None = Field(
         default=None, gt=0, le=1, description="share that T keeps; the half above the median"
     )
-    scales: dict[str, Finite] = Field(
+    scales: dict[str, Number] = Field(
         default={},
         description="further factors: a component, `layers 16-`, `layers 0-7`, or a tensor's name "
         "with *; all that match are multiplied",
@@ -66,7 +65,7 @@ class Merge(Section):
     rounding: Literal["nearest", "stochastic"] = Field(
         default="nearest", description="of the merged weights to the base's dtype"
     )
-    seed: int = Field(default=0, ge=0, description="of the stochastic rounding")
+    seed: Count = Field(default=0, ge=0, description="of the stochastic rounding")
 
     @field_validator("method")
     @classmethod

@@ -17,7 +17,8 @@ from pydantic import (
 )
 
 from crane_tasks.merge_section import Merge
-from crane_tasks.section import Data, Endpoint, Section
+from crane_tasks.section import Count, Data, Endpoint, Number, Section
+from crane_tasks.user_paths import user_path
 
 
 def _kind_of_targets(value: Any) -> str:
@@ -69,13 +70,13 @@ class TargetSet(RowsSection):
     """A set of prompts whose continuations are the targets."""
 
     targets: Targets = Field(description=WHO_CONTINUES)
-    max_new_tokens: int = Field(default=2048, gt=0, description=LONGEST)
-    max_prompt_length: int = Field(default=2048, gt=0, description=LONGEST_PROMPT)
+    max_new_tokens: Count = Field(default=2048, gt=0, description=LONGEST)
+    max_prompt_length: Count = Field(default=2048, gt=0, description=LONGEST_PROMPT)
 
 
 class ReasoningSet(TargetSet):
     targets: Targets = Field(default="donor", description=WHO_CONTINUES)
-    max_new_tokens: int = Field(default=8192, gt=0, description=LONGEST)
+    max_new_tokens: Count = Field(default=8192, gt=0, description=LONGEST)
 
 
 class AgentSet(TargetSet):
@@ -91,8 +92,8 @@ Patterns = Annotated[
 class FormatSet(RowsSection):
     """Complete conversations whose format tokens are protected."""
 
-    radius: int = Field(default=3, ge=0, description="neighbours taken on either side")
-    max_length: int = Field(default=4096, gt=0, description="a row's first tokens")
+    radius: Count = Field(default=3, ge=0, description="neighbours taken on either side")
+    max_length: Count = Field(default=4096, gt=0, description="a row's first tokens")
     patterns: Patterns | None = Field(
         default=None,
         description="texts whose tokens hold the format; default: what the chat template sets",
@@ -124,8 +125,8 @@ class Gate(Section):
 
 
 class Projector(Section):
-    rank: int = Field(default=256, gt=0, description="directions per site, at most")
-    cutoff: float = Field(default=1.0e-5, ge=0, lt=1, description="smallest σ/σ₁ kept")
+    rank: Count = Field(default=256, gt=0, description="directions per site, at most")
+    cutoff: Number = Field(default=1.0e-5, ge=0, lt=1, description="smallest σ/σ₁ kept")
     sites: Literal["published", "all"] = Field(
         default="published", description="all: the inputs of o_proj and down_proj, too"
     )
@@ -139,12 +140,12 @@ CALLS = Literal[
 class Evaluate(Section):
     reasoning: Data | None = Field(default=None, description="held-out rows, as `calibration`")
     agent: Data | None = Field(default=None, description="held-out rows, as `calibration`")
-    generate: int = Field(default=0, ge=0, description="answer this many held-out prompts")
+    generate: Count = Field(default=0, ge=0, description="answer this many held-out prompts")
     calls: CALLS = Field(
         default="auto", description="syntax of tool calls; auto: the rows', or the chat template's"
     )
-    max_new_tokens: int = Field(default=2048, gt=0, description=LONGEST)
-    max_prompt_length: int = Field(default=2048, gt=0, description=LONGEST_PROMPT)
+    max_new_tokens: Count = Field(default=2048, gt=0, description=LONGEST)
+    max_prompt_length: Count = Field(default=2048, gt=0, description=LONGEST_PROMPT)
 
 
 Workers = (
@@ -170,7 +171,7 @@ class Run(Section):
         description="hidden states of a walk held in memory (half of what is free); the rest "
         "is read back from disk",
     )
-    threads: int | None = Field(default=None, gt=0, description="of this process; default all")
+    threads: Count | None = Field(default=None, gt=0, description="of this process; default all")
     workers: Workers | None = Field(
         default=None,
         description="as a Prefect flow: processes here that share the work, or the address of a "
@@ -184,10 +185,8 @@ class Recipe(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="of the merge")
     base: str = Field(description="the Instruct checkpoint: folder, or hub id[@revision]")
     donor: str = Field(description="the Thinking checkpoint, likewise")
-    alpha: float = Field(ge=0, allow_inf_nan=False, description="strength of the edit")
-    tau: float = Field(
-        default=0.03, gt=0, le=1, allow_inf_nan=False, description="σ/σ₁ at which protection is ½"
-    )
+    alpha: Number = Field(ge=0, description="strength of the edit")
+    tau: Number = Field(default=0.03, gt=0, le=1, description="σ/σ₁ at which protection is ½")
     pair: PairRules = Field(default=PairRules())
     calibration: Calibration
     gate: Gate = Field(default=Gate())
@@ -201,7 +200,7 @@ class Recipe(Section):
 
     def locate(self, value: str) -> Path | None:
         """The existing file or folder that a value names, or None (a hub id, or a typo)."""
-        path = Path(value).expanduser()
+        path = user_path(value)
         candidates = [path] if path.is_absolute() else [f / path for f in self._folders]
         return next((c.resolve() for c in candidates if c.exists()), None)
 
@@ -213,7 +212,7 @@ class Recipe(Section):
 
     def place(self, value: str) -> Path:
         """A path to be made: relative ones lie beside the recipe."""
-        path = Path(value).expanduser()
+        path = user_path(value)
         return path if path.is_absolute() else self._folders[0] / path
 
 

@@ -17,14 +17,59 @@ def _set_dotted(data: dict[str, Any], assignment: str) -> None:
     path, equals, text = assignment.partition("=")
     if not equals or not path:
         raise RecipeError(f"--set {assignment}: write dotted.path=VALUE")
-    try:
-        value = yaml.safe_load(text) if text else None
-    except yaml.YAMLError as error:
-        raise RecipeError(f"--set {assignment}: the value is not YAML: {error}") from error
-    _put(data, path, value, f"--set {assignment}")
+    what = f"--set {assignment}"
+    _put(data, path, read_yaml(text, what) if text else None, what)
 
 
 KINDS = {"targets": TARGET_KINDS, **dict.fromkeys(("data", "reasoning", "agent"), DATA_KINDS)}
+
+
+# A recipe has some hundreds of values; one that grows to more by its aliases is no recipe.
+MOST_VALUES = 100_000
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which a key that is given twice is an error: the second would win in silence."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"the key {key.value!r} is given twice", key.start_mark
+                    )
+                seen.add(key.value)
+        found: dict[Any, Any] = super().construct_mapping(node, deep)
+        return found
+
+
+def read_yaml(text: str, what: str) -> Any:
+    """YAML values.
+
+    Raises:
+        RecipeError: it is no YAML, a key is given twice, or it grows beyond all measure.
+    """
+    try:
+        value = yaml.load(text, _Loader)
+        if _values(value, MOST_VALUES) >= MOST_VALUES:
+            raise RecipeError(f"{what}: more than {MOST_VALUES:,} values: no recipe")
+    except (yaml.YAMLError, ValueError) as error:
+        raise RecipeError(f"{what}: not YAML: {error}") from error
+    except RecursionError:
+        raise RecipeError(f"{what}: nested too deeply") from None
+    return value
+
+
+def _values(value: Any, most: int) -> int:
+    """How many values there are, aliases written out; counting ends at `most`."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    count = 1
+    for item in inner:
+        if count >= most:
+            break
+        count += _values(item, most - count)
+    return count
 
 
 def _put(data: dict[str, Any], path: str, value: Any, what: str) -> None:
@@ -100,11 +145,10 @@ def load_recipe(
         RecipeError: no such recipe, not YAML, unknown keys, values out of range.
     """
     try:
-        data = yaml.safe_load(path.read_text())
+        text = path.read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: cannot be read: {error}") from error
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{path}: not YAML: {error}") from error
+    data = read_yaml(text, str(path))
     if not isinstance(data, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of keys to values")
     for assignment in assignments:

@@ -5,7 +5,9 @@ from typing import Annotated, Any
 from urllib.parse import urlsplit
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Discriminator,
     Field,
@@ -14,7 +16,30 @@ from pydantic import (
     model_validator,
 )
 
-Finite = Annotated[float, Field(allow_inf_nan=False)]
+# What float32, in which the edit is computed, can hold.
+LARGEST = 3.4e38
+
+
+def _no_switch(value: Any) -> Any:
+    """YAML reads `yes` and `on` as true, which would pass for the number 1."""
+    if isinstance(value, bool):
+        raise ValueError(f"a number, not {value}")
+    return value
+
+
+def _in_float32(value: float) -> float:
+    if abs(value) > LARGEST:
+        raise ValueError(f"beyond {LARGEST:g}, the largest number that float32 holds")
+    return value
+
+
+Number = Annotated[
+    float,
+    Field(allow_inf_nan=False),
+    BeforeValidator(_no_switch),
+    AfterValidator(_in_float32),
+]
+Count = Annotated[int, BeforeValidator(_no_switch)]
 
 
 class Section(BaseModel):
@@ -41,8 +66,8 @@ class Rows(Section):
     path: str = Field(description="JSONL, JSON or Parquet file, or hub id[@revision] of a dataset")
     subset: str | None = Field(default=None, description="of a hub dataset")
     split: str = Field(default="train", description="of a hub dataset, also a part: train[:10%]")
-    limit: int | None = Field(default=None, gt=0, description="rows at most")
-    seed: int | None = Field(
+    limit: Count | None = Field(default=None, gt=0, description="rows at most")
+    seed: Count | None = Field(
         default=None, ge=0, description="draw `limit` rows by it; default: the first ones"
     )
 

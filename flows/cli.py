@@ -202,6 +202,7 @@ def sweep(
     """Measure every point of a grid in memory; write a checkpoint of the best alone, if asked."""
 
     def work(view: "Terminal") -> None:
+        from crane_tasks.user_paths import user_path
         from flows.grid import read_numbers
         from flows.sweep import sweep as run
 
@@ -214,7 +215,7 @@ def sweep(
             fields=fields,
             require=require,
             write=write,
-            folder=output.expanduser().absolute() if output else None,
+            folder=user_path(output).absolute() if output else None,
             call=view.timed,
         )
         if as_json:
@@ -243,11 +244,12 @@ def tune(
     """Search for the best recipe that keeps what is required; compare it on rows it never saw."""
 
     def work(view: "Terminal") -> None:
+        from crane_tasks.user_paths import user_path
         from flows.tune import tune as run
 
         session = _session(view, recipe, assignments, store)
         require_no_workers(session.recipe)
-        folder = output.expanduser().absolute() if output else None
+        folder = user_path(output).absolute() if output else None
         tuned = run(
             session, require=require, budget=budget, seed=seed, folder=folder, call=view.timed
         )

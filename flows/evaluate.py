@@ -12,6 +12,7 @@ from crane_tasks.models.files.checkpoint import Checkpoint
 from crane_tasks.models.walk.skeleton import check_parameters
 from crane_tasks.session import Context, Session, open_context
 from crane_tasks.stage import closure
+from crane_tasks.user_paths import user_path
 from flows.checks import check_stages
 from flows.faults import healing, naming_full_disk
 
@@ -26,7 +27,7 @@ def evaluate(
     """
     session.store.prepare()
     ctx = opened or open_context(session)
-    folder = checkpoint.expanduser().resolve()
+    folder = user_path(checkpoint).resolve()
     measured = Checkpoint.open(folder)
     if measured.layout.model_type != ctx.pair().base.layout.model_type:
         raise CheckpointError(

@@ -1,20 +1,20 @@
 """The grid of a sweep: alpha, tau and any other recipe field, every combination a point."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from crane_tasks.errors import RecipeError
 from crane_tasks.places import point_name
 from crane_tasks.recipe import Recipe
-from crane_tasks.recipe_file import changed
+from crane_tasks.recipe_file import changed, read_yaml
 
 # Fields that have an option of their own, or that nothing measured depends on.
 OPTIONS = ("alpha", "tau")
+MOST_POINTS = 1000
 IDLE = ("run", "name")
 
 
@@ -59,10 +59,7 @@ def read_axis(text: str) -> tuple[str, list[Any]]:
         raise RecipeError(f"{what}: write --{path} {listed or 'VALUE,VALUE'}")
     if path.split(".")[0] in IDLE:
         raise RecipeError(f"{what}: {path} changes nothing that is measured")
-    try:
-        values = yaml.safe_load(f"[{listed}]")
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{what}: the values are not YAML: {error}") from error
+    values = read_yaml(f"[{listed}]", what)
     if not isinstance(values, list) or not values or listed.endswith(","):
         raise RecipeError(f"{what}: write dotted.path=VALUE,VALUE")
     return path, values
@@ -84,6 +81,12 @@ def spots(
     twice = [path for path in {p for p, _ in axes} if sum(p == path for p, _ in axes) > 1]
     if twice:
         raise RecipeError(f"--set-grid {twice[0]}: given twice; list all its values in one")
+    points = math.prod([len(alphas), len(taus), *(len(values) for _, values in axes)])
+    if points > MOST_POINTS:
+        raise RecipeError(
+            f"the grid has {points:,} points, a sweep measures {MOST_POINTS:,} at most: "
+            "`crane tune` searches where there are too many to try"
+        )
     grid = list(_combined(recipe, alphas, taus, axes, folder))
     if not grid:
         raise RecipeError("the grid is empty: give at least one alpha and one tau")

@@ -10,6 +10,7 @@ from artifacts.store import Store
 from crane_tasks.errors import RecipeError
 from crane_tasks.recipe_file import load_recipe
 from crane_tasks.session import Session
+from crane_tasks.user_paths import user_path
 
 DEFAULT_STORE = "crane-store"
 
@@ -26,7 +27,7 @@ def find_recipe(name: str) -> Path:
     Raises:
         RecipeError: there is neither.
     """
-    path = Path(name).expanduser()
+    path = user_path(name)
     if path.is_file():
         return path
     shipped = shipped_recipes()
@@ -59,7 +60,7 @@ def open_session(
         RecipeError: no such recipe, or its contents are wrong.
     """
     extra = [
-        f"run.{field}={json.dumps(str(Path(value).expanduser().absolute()))}"
+        f"run.{field}={json.dumps(str(user_path(value).absolute()))}"
         for field, value in (("output", output), ("store", store))
         if value is not None
     ]

@@ -12,6 +12,7 @@ from crane_tasks.apply.output import PROVENANCE, provenance
 from crane_tasks.errors import OutputError
 from crane_tasks.hub import hub_errors
 from crane_tasks.models.files.folder import CARD, INDEX
+from crane_tasks.user_paths import user_path
 
 REPO = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}")
 # Of an earlier merge in the same repository: a loader would take them.
@@ -39,7 +40,7 @@ def parcel_of(folder: Path) -> Parcel:
     Raises:
         OutputError: it is no finished merge, or a file was changed since.
     """
-    folder = folder.expanduser().absolute()
+    folder = user_path(folder).absolute()
     if not folder.is_dir():
         raise OutputError(f"{folder}: no such folder")
     record = provenance(folder)

@@ -20,6 +20,7 @@ from crane_tasks.recipe_file import recipe_from
 from crane_tasks.rows import load_rows
 from crane_tasks.session import Context, Session, open_context
 from crane_tasks.sizes import check_disk_space
+from crane_tasks.user_paths import user_path
 from flows.checks import check_stages, disk_needs
 from flows.faults import healing, naming_full_disk
 
@@ -68,7 +69,7 @@ def find_published(source: str) -> Published:
     Raises:
         CheckpointError: there is none, or it has no crane.json that could be followed.
     """
-    folder = Path(source).expanduser()
+    folder = user_path(source)
     if folder.is_dir():
         names = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]
         digests = {
@@ -165,7 +166,7 @@ def rebuild(
     """
     published = find_published(source)
     recipe = _recipe(published, places)
-    store = Store((places.store or Path("crane-store")).expanduser().absolute())
+    store = Store(user_path(places.store or "crane-store").absolute())
     session = Session(recipe, store, **heard)
     _check_rows(recipe, published.record["rows"])
     store.prepare()
@@ -200,11 +201,11 @@ def _recipe(published: Published, places: Places) -> Recipe:
     data["gate"] = {**data["gate"], "compute": record["made_on"]["compute"]}
     output = places.output or Path("merged") / f"{data['name']}-rebuilt"
     data["run"] = {
-        "output": str(output.expanduser().absolute()),
+        "output": str(user_path(output).absolute()),
         "shard_size": record["shard_size"],
     }
     shipped = Path(str(resources.files("flows"))) / "recipes"
-    own_rows = (places.data.expanduser().absolute(),) if places.data else ()
+    own_rows = (user_path(places.data).absolute(),) if places.data else ()
     return recipe_from(data, (*own_rows, Path.cwd(), *published.folders, shipped), published.what)
 
 

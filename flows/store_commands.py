@@ -17,8 +17,9 @@ store_app = typer.Typer(no_args_is_help=True, help="Look at, check and clean the
 def _store(folder: Path | None) -> "Store":
     from artifacts.errors import StoreError
     from artifacts.store import Store
+    from crane_tasks.user_paths import user_path
 
-    place = (folder or Path("crane-store")).expanduser().absolute()
+    place = user_path(folder or "crane-store").absolute()
     if not (place / "crane-store.json").exists():
         raise StoreError(f"{place}: no store here; name one with --store")
     return Store(place)

@@ -35,6 +35,7 @@ from crane_tasks.evaluate.metrics import METRICS, Answers, Measured, metrics_of,
 from crane_tasks.evaluate.models import Model, base_and_donor, written_merge
 from crane_tasks.identity import behaviour_identity
 from crane_tasks.models.files.tokenizer import load_tokenizer
+from crane_tasks.models.walk.skeleton import generation_config
 from crane_tasks.rendering import opens_thinking
 from crane_tasks.session import Context
 from crane_tasks.sizes import sizes_of
@@ -94,12 +95,16 @@ def _needs(ctx: Context, keys: Keys) -> Needs:
 
 
 def _check(ctx: Context, keys: Keys) -> None:
-    """Calls that are measured can be read.
+    """Whoever answers can be decoded, and calls that are measured can be read.
 
     Raises:
-        RecipeError: nothing says in which syntax they are written.
+        CheckpointError: a side's generation config says what transformers does not take.
+        RecipeError: nothing says in which syntax calls are written.
     """
     settings = ctx.recipe.evaluate
+    if settings.generate:
+        for side in (ctx.pair().base, ctx.pair().donor):
+            generation_config(side)
     if settings.generate and settings.agent is not None and ctx.syntax() is None:
         raise RecipeError(
             f"evaluate.calls: neither the completions in {settings.agent} nor the base's chat "

@@ -13,6 +13,7 @@ from prefect.states import Completed
 
 from crane_tasks.errors import BadInput, CraneError
 from crane_tasks.session import Context, Session
+from crane_tasks.user_paths import user_path
 from flows.evaluate import evaluate
 from flows.merge import Merged, merge
 from flows.prefect import forms as form
@@ -107,7 +108,7 @@ def sweep_flow(
                 fields=advanced.axes,
                 require=require,
                 write="best" if write_best else None,
-                folder=Path(output).expanduser().absolute() if output.strip() else None,
+                folder=user_path(output).absolute() if output.strip() else None,
                 call=TaskCalls(),
                 opened=result_of(inputs(own, return_state=True)),
             )

@@ -295,6 +295,75 @@ def negative_alpha(case: Case) -> None:
     case.args += ["--alpha", "-0.1"]
 
 
+@bad(r"alpha: .*beyond 3\.4e\+38")
+def alpha_beyond_float32(case: Case) -> None:
+    case.args += ["--alpha", "1e39"]
+
+
+@bad(r"merge\.lm_head\.rows\.x: .*beyond 3\.4e\+38")
+def fraction_beyond_float32(case: Case) -> None:
+    case.args += ["--set", "merge.lm_head.rows={x: 1e39}"]
+
+
+@bad(r"alpha: .*a number, not True")
+def switch_for_a_number(case: Case) -> None:
+    case.args += ["--set", "alpha=yes"]
+
+
+@bad(r"projector\.rank: .*a number, not True")
+def switch_for_a_count(case: Case) -> None:
+    case.args += ["--set", "projector.rank=on"]
+
+
+@bad(r"recipe\.yaml: not YAML: the key 'tau' is given twice")
+def key_given_twice(case: Case) -> None:
+    case.recipe("tau: 0.5\ntau: 0.03\n")
+
+
+@bad(r"nested too deeply")
+def nested_recipe(case: Case) -> None:
+    case.recipe("deep: " + "[" * 10_000 + "]" * 10_000)
+
+
+@bad(r"more than 100,000 values")
+def yaml_bomb(case: Case) -> None:
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12)]
+    case.recipe("\n".join(lines) + "\n")
+
+
+@bad(r"~nosuchuser/out: there is no such user")
+def home_of_nobody(case: Case) -> None:
+    case.args += ["--output", "~nosuchuser/out"]
+
+
+@bad(r"255 bytes at most")
+def too_long_a_name(case: Case) -> None:
+    case.args += ["--set", f"donor={'d' * 300}"]
+
+
+@bad(r"a path has no NUL")
+def nul_in_a_path(case: Case) -> None:
+    case.args += ["--set", 'calibration.agent.data="a\\0b"']
+
+
+@bad(r"store: the store is a folder, this is a file")
+def store_that_is_a_file(case: Case) -> None:
+    (case.folder / "store").write_text("")
+
+
+@bad(r"store format \[\], not 1")
+def store_of_another_kind(case: Case) -> None:
+    (case.folder / "store").mkdir()
+    (case.folder / "store" / "crane-store.json").write_text("[]")
+
+
+@bad(r"donor: no generation config can be made")
+def generation_config_that_is_no_json(case: Case) -> None:
+    (case.pair.donor / "generation_config.json").write_text("{")
+    case.args += ["--set", "evaluate.generate=1"]
+
+
 @bad(r"alpha: .*finite")
 def nan_alpha(case: Case) -> None:
     case.args += ["--alpha", "nan"]

@@ -110,6 +110,9 @@ def test_if_no_point_meets_what_is_required_nothing_is_written_and_the_end_is_1(
     assert {p.name for p in place.iterdir()} == FILES
 
 
+NUMBERS = ",".join(f"0.{n:02}" for n in range(1, 100))
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -118,6 +121,7 @@ def test_if_no_point_meets_what_is_required_nothing_is_written_and_the_end_is_1(
         (["--alpha", "0.9;1"], "--alpha 0.9;1"),
         (["--alpha", ""], "--alpha"),
         (["--alpha", "0.9,0.90"], "same point twice"),
+        (["--alpha", NUMBERS, "--tau", NUMBERS], "9,801 points.*1,000 at most"),
         (["--set-grid", "merge.router"], "--set-grid merge.router: write"),
         (["--set-grid", "merge.router="], "--set-grid merge.router=: write"),
         (["--set-grid", "=1,2"], "--set-grid =1,2: write"),

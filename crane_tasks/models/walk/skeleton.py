@@ -129,11 +129,9 @@ def generation_config(checkpoint: Checkpoint) -> Any:
 
     make: Any = GenerationConfig
     folder = checkpoint.folder
+    own = {"config_file_name": "config.json", "_from_model_config": True}
+    given = (folder / "generation_config.json").exists()
     try:
-        try:
-            return make.from_pretrained(folder)
-        except OSError:
-            own = {"config_file_name": "config.json", "_from_model_config": True}
-            return make.from_pretrained(folder, **own)
-    except CONFIG_ERRORS as error:
+        return make.from_pretrained(folder, **({} if given else own))
+    except (*CONFIG_ERRORS, OSError) as error:
         raise CheckpointError(f"{folder}: no generation config can be made: {error}") from error
