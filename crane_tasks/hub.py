@@ -8,7 +8,7 @@ hub's digests stand for the weights', so that even the keys of stages are the tr
 import json
 import shutil
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from crane_tasks.identity import local_folder
 from crane_tasks.kept import Kept
 from crane_tasks.models.check import check_pair
 from crane_tasks.models.files.folder import CARD, INDEX, SINGLE, is_side_file
+from crane_tasks.models.files.formats import other_form
 from crane_tasks.models.files.pair import Pair
 from crane_tasks.recipe import Recipe
 
@@ -124,12 +125,29 @@ def find_remote(value: str) -> Remote:
         folder = _snapshot(repo, revision or None, small)
         commit = folder.name
     named = _named_weights(folder, files)
+    if not named:
+        _refuse_other_form(value, folder, files)
     weights = {}
     for name in named:
         lfs = files[name].lfs if name in files else None
         if lfs is not None:
             weights[name] = files[name].size or 0, lfs.sha256
     return Remote(repo, commit, folder, weights)
+
+
+def _refuse_other_form(value: str, folder: Path, files: Iterable[str]) -> None:
+    """Say what a repository without safetensors weights is, by the names of its files.
+
+    Raises:
+        CheckpointError: with what to do.
+    """
+    with TemporaryDirectory() as place:
+        for name in files:
+            known = folder / name
+            target = Path(place) / Path(name).name
+            target.write_bytes(known.read_bytes() if known.exists() else b"")
+        told = other_form(Path(place)) or "holds no safetensors weights"
+    raise CheckpointError(f"{value}: {told}")
 
 
 def _cached(repo: str, revision: str | None) -> Remote:

@@ -66,6 +66,11 @@ class Merge(Section):
         default="nearest", description="of the merged weights to the base's dtype"
     )
     seed: Count = Field(default=0, ge=0, description="of the stochastic rounding")
+    output_dtype: Literal["fp8"] | None = Field(
+        default=None,
+        description="fp8: of a base that is stored so, in its own form; default: bfloat16 for it, "
+        "and any other base's own dtypes",
+    )
 
     @field_validator("method")
     @classmethod

@@ -91,6 +91,11 @@ def open_points(grid: Iterable[Spot], session: Session, contexts: list[Context])
         if ctx is None:
             ctx = open_context(replace(session, recipe=spot.recipe))
             contexts.append(ctx)
+        if spot.recipe.merge.output_dtype is not None:
+            raise RecipeError(
+                "merge.output_dtype: points are measured in memory, before FP8 rounds them. Leave "
+                "it out here, and merge the chosen point with it."
+            )
         candidate = Candidate(spot, ctx, keys_of(ctx))
         key = candidate.keys[EVALUATE].key
         if key in candidates:

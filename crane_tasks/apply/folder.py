@@ -41,8 +41,9 @@ def fill_folder(
     for stale in folder.glob("*.safetensors*"):
         if stale.name not in wanted:
             stale.unlink()
-    write_index(base, plan, folder)
-    side_files = copy_side_files(base, folder)
+    fp8 = ctx.recipe.merge.output_dtype == "fp8"
+    write_index(base, plan, folder, fp8=fp8)
+    side_files = copy_side_files(base, folder, fp8=fp8)
     recipe = ctx.recipe.model_dump(mode="json", exclude={"run"})
     sets = ctx.recipe.calibration
     named = {"reasoning": sets.reasoning, "agent": sets.agent, "format": sets.format}
@@ -94,7 +95,7 @@ def _facts(ctx: Context) -> CardFacts:
         base=published_name(ctx.recipe, ctx.recipe.base),
         donor=published_name(ctx.recipe, ctx.recipe.donor),
         notes=pair_notes(ctx),
-        packed=base.packed,
+        packed=base.packed and ctx.recipe.merge.output_dtype is None,
         wrapper=base.wrapper,
         base_folder=ctx.base,
         config=base.config,

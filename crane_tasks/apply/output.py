@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -12,10 +13,11 @@ from typing import Any
 
 from artifacts.memo import DigestMemo
 from artifacts.store import sync_folder
+from crane_tasks.apply.packing import announced
 from crane_tasks.errors import OutputError
 from crane_tasks.models.files.checkpoint import Checkpoint
 from crane_tasks.models.files.folder import INDEX, SINGLE, side_files
-from crane_tasks.models.files.safetensors_io import Entry
+from crane_tasks.models.files.safetensors_io import DTYPES, Entry
 
 PROVENANCE = "crane.json"
 CONFIG = "config.json"
@@ -56,34 +58,42 @@ def shard_plan(base: Checkpoint, shard_size: int | None) -> list[Shard]:
     return [Shard(name, tuple(g), metadata) for name, g in zip(names, groups, strict=True)]
 
 
-def write_index(base: Checkpoint, plan: list[Shard], folder: Path) -> None:
+def written_bytes(base: Checkpoint, *, fp8: bool) -> int:
+    """Bytes of all tensors as a merge writes them."""
+    tensors = announced(base.entries.values(), fp8=fp8)
+    return sum(math.prod(shape) * DTYPES[dtype].itemsize for _, dtype, shape in tensors)
+
+
+def write_index(base: Checkpoint, plan: list[Shard], folder: Path, *, fp8: bool) -> None:
     """The index of the plan: the base's own, byte for byte, where the plan is the base's."""
     if plan == shard_plan(base, None) and not base.packed:
         if (base.folder / INDEX).exists():
             shutil.copyfile(base.folder / INDEX, folder / INDEX)
         return
     if len(plan) > 1 or plan[0].file != SINGLE:
-        total = sum(e.nbytes for s in plan for e in s.entries)
-        weight_map = {e.name: s.file for s in plan for e in s.entries}
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        weight_map = {n: s.file for s in plan for n, _, _ in announced(s.entries, fp8=fp8)}
+        index = {
+            "metadata": {"total_size": written_bytes(base, fp8=fp8)},
+            "weight_map": dict(sorted(weight_map.items())),
+        }
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def copy_side_files(base: Checkpoint, folder: Path) -> list[str]:
+def copy_side_files(base: Checkpoint, folder: Path, *, fp8: bool) -> list[str]:
     """Copy the base's side files, byte for byte but for `output_config`; returns their names."""
     names = side_files(base.folder)
     for name in names:
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(base.folder / name, target)
-    (folder / CONFIG).write_bytes(output_config(base))
+    (folder / CONFIG).write_bytes(output_config(base, fp8=fp8))
     return names
 
 
-def output_config(base: Checkpoint) -> bytes:
-    """The base's config.json; of one in FP8 without what says so, as the merge is in bfloat16."""
+def output_config(base: Checkpoint, *, fp8: bool) -> bytes:
+    """The base's config.json; of one in FP8 without what says so where the merge is bfloat16."""
     content = (base.folder / CONFIG).read_bytes()
-    if not base.packed:
+    if fp8 or not base.packed:
         return content
     config = json.loads(content)
     del config["quantization_config"]

@@ -19,7 +19,16 @@ from artifacts.tables import read_table, write_table
 from crane_tasks.apply.editor import Editor, make_editor
 from crane_tasks.apply.folder import fill_folder
 from crane_tasks.apply.forecast import FORECAST
-from crane_tasks.apply.output import Shard, check_output, held, holds, publish, shard_plan
+from crane_tasks.apply.output import (
+    Shard,
+    check_output,
+    held,
+    holds,
+    publish,
+    shard_plan,
+    written_bytes,
+)
+from crane_tasks.apply.packing import PackingWriter, announced
 from crane_tasks.apply.pipeline import Pipeline
 from crane_tasks.apply.rows import check_rows
 from crane_tasks.apply.windows import parts_of_entry
@@ -93,8 +102,22 @@ def check_head(ctx: Context) -> None:
         )
 
 
+def check_output_dtype(ctx: Context) -> None:
+    """FP8 is written with the blocks of a base that has them.
+
+    Raises:
+        RecipeError: `merge.output_dtype: fp8`, and the base is not stored so.
+    """
+    if ctx.recipe.merge.output_dtype == "fp8" and not ctx.pair().base.packed:
+        raise RecipeError(
+            "merge.output_dtype: the base is not stored in FP8, so it has no blocks to write in. "
+            "Name an FP8 base, or quantise the merge afterwards."
+        )
+
+
 def _check(ctx: Context, keys: Keys) -> None:
     check_head(ctx)
+    check_output_dtype(ctx)
     if not ctx.store.has(keys[APPLY]):
         check_rows(ctx)
         slot_scales(ctx.recipe.merge.scales, ctx.pair().base.slots.values())
@@ -198,12 +221,14 @@ def _write_file(
     editor, pipeline = ready_editor(ctx, keys)
     target = folder / shard.file
     part = target.with_name(target.name + ".part")
-    announced = [(e.name, e.dtype, e.shape) for e in shard.entries]
+    fp8 = ctx.recipe.merge.output_dtype == "fp8"
+    tensors = announced(shard.entries, fp8=fp8)
     sums: dict[tuple[str, int], list[float]] = {}
     parts = (p for entry in shard.entries for p in parts_of_entry(editor, entry))
-    with ShardWriter(part, announced, shard.metadata) as writer:
+    with ShardWriter(part, tensors, shard.metadata) as writer:
+        taker = PackingWriter(writer, shard.entries) if fp8 else writer
         for merged in pipeline.run(parts):
-            writer.write(merged.data)
+            taker.write(merged.data)
             for piece, row in zip(merged.window.parts, merged.sums, strict=True):
                 if piece.slot is not None:
                     key = piece.slot.name, piece.expert
@@ -217,7 +242,9 @@ def _write_file(
 
 def _needs(ctx: Context, keys: Keys) -> Needs:
     sizes = sizes_of(ctx)
-    written = 0 if _complete(ctx, keys) and ctx.store.has(keys[APPLY]) else sizes.total
+    fp8 = ctx.recipe.merge.output_dtype == "fp8"
+    done = _complete(ctx, keys) and ctx.store.has(keys[APPLY])
+    written = 0 if done else written_bytes(ctx.pair().base, fp8=fp8)
     return Needs(
         output=written,
         memory=sizes.buffer,

@@ -134,6 +134,18 @@ def test_a_pair_that_does_not_fit_is_refused_from_the_headers(desk: Desk) -> Non
 
 
 @pytest.mark.parametrize(
+    ("file", "told"), [("m.Q4_K.gguf", "a GGUF model"), ("pytorch_model.bin", "pickles")]
+)
+def test_a_repository_in_another_form_is_said_to_be_so(desk: Desk, file: str, told: str) -> None:
+    donor = desk.hub.repos["tiny/donor"]
+    for weight in (*donor.glob("*.safetensors*"), donor / "config.json"):
+        weight.unlink()
+    (donor / file).write_bytes(b"x")
+    said = desk.crane("plan", "recipe.yaml", code=2).err
+    assert told in said and "tiny/donor" in said
+
+
+@pytest.mark.parametrize(
     ("spoil", "told"),
     [("gated", "hf auth login"), ("revision", "no such revision"), ("away", "cannot be reached")],
 )

@@ -75,6 +75,7 @@ OTHERS: dict[str, Any] = {
     "merge.lm_head.keep_special": False,
     "merge.rounding": "stochastic",
     "merge.seed": 3,
+    "merge.output_dtype": "fp8",
     "evaluate.reasoning": "other_reasoning.jsonl",
     "evaluate.agent": "other_agent.jsonl",
     "evaluate.generate": 2,

@@ -12,6 +12,8 @@ from tiny_merge import asked, merged, reported, same_bits
 
 from crane_tasks.errors import CheckpointError, RecipeError, ScoreError
 from crane_tasks.evaluate.stage import EVALUATE, read_comparison
+from crane_tasks.models.files.checkpoint import Checkpoint
+from crane_tasks.models.files.safetensors_io import DTYPES, byte_view, read_span
 from crane_tasks.scores.stability import Draws
 from crane_tasks.scores.stage import scores_of
 from flows.stability import compute_stability
@@ -312,6 +314,56 @@ def test_the_merge_of_an_fp8_base_is_a_plain_bfloat16_checkpoint(
     swept = sweep(asked(pair, tmp_path / "sweeps"), [0.5], folder=tmp_path / "grid").points[0]
     written = read_comparison(result.ctx.store.open(result.keys[EVALUATE]))["models"]["merged"]
     assert swept.metrics == written
+
+
+def test_a_merge_in_the_bases_own_fp8_changes_the_blocks_that_moved_alone(
+    pairs: Pairs, tmp_path: Path
+) -> None:
+    pair = pairs("qwen3_moe").copy(tmp_path / "pair")
+    meant = write_fp8(pair.base)
+    fp8 = "merge.output_dtype=fp8"
+    # Nothing moves: the base's tensors, bit for bit.
+    still = ("alpha=0", "merge.lm_head.scale=0")
+    merged(pair, tmp_path / "store", tmp_path / "same", fp8, *still)
+    assert same_bits(load_tensors(tmp_path / "same"), load_tensors(pair.base))
+    assert (tmp_path / "same" / "config.json").read_bytes() == (
+        pair.base / "config.json"
+    ).read_bytes()
+    small = "run.shard_size=40KB"
+    result = merged(pair, tmp_path / "store", tmp_path / "out", fp8, small)
+    merged(pair, tmp_path / "store", tmp_path / "wide")
+    assert result.evaluation["models"]["merged"] != result.evaluation["models"]["base"]
+    wide = load_tensors(tmp_path / "wide")
+    stored, before = load_tensors(tmp_path / "out"), load_tensors(pair.base)
+    found = Checkpoint.open(tmp_path / "out")
+    assert found.packed and len(list((tmp_path / "out").glob("*.safetensors"))) > 2
+    assert stored.keys() == before.keys()
+    moved = 0
+    for name, entry in found.entries.items():
+        tensor = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
+        read_span(entry.span(), byte_view(tensor))
+        if f"{name}_scale_inv" not in stored:
+            assert torch.equal(tensor, wide[name]), name
+            continue
+        for rows in range(0, tensor.shape[0], 8):
+            for columns in range(0, tensor.shape[1], 8):
+                block = (slice(rows, rows + 8), slice(columns, columns + 8))
+                if torch.equal(wide[name][block], meant[name][block]):
+                    assert torch.equal(stored[name][block].float(), before[name][block].float())
+                    continue
+                moved += 1
+                # A step of FP8 is an eighth of the weight, and no less than 2^-9 of the scale.
+                scale = stored[f"{name}_scale_inv"][rows // 8, columns // 8]
+                step = wide[name][block].abs().float() / 16 + scale * 2.0**-9
+                assert ((tensor[block] - wide[name][block]).abs() <= 1.02 * step).all()
+                assert stored[name][block].float().abs().max() == 448
+    assert moved > 100
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "the merge is written in FP8" in card
+    with pytest.raises(RecipeError, match=r"merge\.output_dtype: points are measured in memory"):
+        sweep(asked(pair, tmp_path / "store", fp8), [0.1, 0.2])
+    with pytest.raises(RecipeError, match="the base is not stored in FP8"):
+        merged(pairs("qwen3_moe"), tmp_path / "store", tmp_path / "none", fp8)
 
 
 def test_what_is_carried_of_an_fp8_base_is_read_as_well(pairs: Pairs, tmp_path: Path) -> None:

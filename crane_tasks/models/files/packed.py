@@ -18,6 +18,7 @@ from crane_tasks.models.files.safetensors_io import DTYPES, Entry, Span, byte_vi
 FP8 = "F8_E4M3"
 SCALE = "_scale_inv"
 SCALE_DTYPES = ("F32", "BF16", "F16")
+LARGEST = 448.0  # that FP8 holds
 AT_ONCE = 2**18  # weights that are multiplied at a time
 WIDTH = torch.bfloat16.itemsize
 # What each byte stands for: to look it up takes a CPU a sixth of the time of torch's conversion.
@@ -33,6 +34,26 @@ def block_of(config: Mapping[str, Any]) -> tuple[int, int] | None:
         case [[int(height), int(width)], "e4m3"] if height > 0 and width > 0:
             return height, width
     return None
+
+
+def _read(entry: Entry) -> Tensor:
+    stored = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
+    read_span(entry.span(), byte_view(stored))
+    return stored
+
+
+def _raw_rows(weight: Entry, first: int, last: int) -> Tensor:
+    """Rows of a matrix in FP8 as its bytes, uint8 [last - first, columns]."""
+    columns = weight.shape[1]
+    raw = torch.empty((last - first, columns), dtype=torch.uint8)
+    read_span(weight.span(first * columns, (last - first) * columns), byte_view(raw))
+    return raw
+
+
+def _products(raw: Tensor, own: Tensor, width: int) -> Tensor:
+    """Bytes [n, columns] times the scales of their rows [n, ceil(columns / width)], in bfloat16."""
+    values = VALUES.index_select(0, raw.flatten().int()).view(raw.shape)
+    return values.mul_(own.repeat_interleave(width, dim=1)[:, : raw.shape[1]]).bfloat16()
 
 
 @dataclass(frozen=True)
@@ -60,17 +81,12 @@ class PackedSpan(Span):
             done += len(taken)
 
     def _scales(self) -> Tensor:
-        stored = torch.empty(self.scale.shape, dtype=DTYPES[self.scale.dtype])
-        read_span(self.scale.span(), byte_view(stored))
-        return stored.float()
+        return _read(self.scale).float()
 
     def _rows(self, first: int, last: int, scales: Tensor) -> Tensor:
-        columns, (height, width) = self.weight.shape[1], self.block
-        raw = torch.empty((last - first) * columns, dtype=torch.uint8)
-        read_span(self.weight.span(first * columns, (last - first) * columns), byte_view(raw))
-        own = scales[torch.arange(first, last) // height]
-        values = VALUES.index_select(0, raw.int()).view(-1, columns)
-        return values.mul_(own.repeat_interleave(width, dim=1)[:, :columns]).bfloat16()
+        raw = _raw_rows(self.weight, first, last)
+        own = scales[torch.arange(first, last) // self.block[0]]
+        return _products(raw, own, self.block[1])
 
 
 @dataclass(frozen=True)
@@ -118,3 +134,38 @@ def _packed(entry: Entry, scale: Entry | None, block: tuple[int, int] | None) ->
     rows, columns = entry.shape
     end = rows * columns * WIDTH
     return PackedEntry(entry.name, "BF16", entry.shape, entry.file, 0, end, entry, scale, block)
+
+
+def packed_again(entry: PackedEntry, first: int, merged: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of a merged matrix in the form of the base's.
+
+    A block that is as it was keeps its bits. Another gets the scale at which its largest weight
+    is the largest of FP8, rounded to the dtype of scales, and its weights are the nearest.
+
+    Args:
+        first: the first row, where a block begins.
+        merged: bfloat16 [rows, columns]; whole blocks, or all rows to the matrix's end.
+
+    Returns:
+        FP8 values as uint8 [rows, columns]; scales [ceil(rows / height), ceil(columns / width)].
+    """
+    rows, columns = merged.shape
+    height, width = entry.block
+    raw = _raw_rows(entry.weight, first, first + rows)
+    stored = _read(entry.scale)[first // height : -(-(first + rows) // height)]
+    own = stored.float().repeat_interleave(height, dim=0)[:rows]
+    tall, wide = stored.shape
+
+    def blocks(matrix: Tensor) -> Tensor:
+        """[tall, height, wide, width], with zeros where the last blocks are not whole."""
+        spare = (0, wide * width - columns, 0, tall * height - rows)
+        return torch.nn.functional.pad(matrix, spare).view(tall, height, wide, width)
+
+    moved = blocks((merged != _products(raw, own, width)).byte()).amax((1, 3)).bool()
+    weights = blocks(merged.float())
+    fitting = (weights.abs().amax((1, 3)) / LARGEST).to(stored.dtype)
+    scales = torch.where(moved, torch.where(fitting > 0, fitting, 1), stored)
+    values = (weights / scales.float()[:, None, :, None]).clamp(-LARGEST, LARGEST)
+    again = values.to(torch.float8_e4m3fn).view(torch.uint8)
+    kept = torch.where(moved[:, None, :, None], again, blocks(raw))
+    return kept.view(tall * height, wide * width)[:rows, :columns].contiguous(), scales
