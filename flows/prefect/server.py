@@ -8,21 +8,16 @@ import contextlib
 import os
 import signal
 import socket
-import subprocess
 import sys
 import time
-from datetime import timedelta
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import NoReturn
 
+from flows.prefect.deployments import HEARTBEAT, POOL, deployments_file, read_deployments, set_up
 from flows.prefect.processes import Processes, UiError, say
 
-POOL = "crane"
 HOST = "127.0.0.1"
-# A run that is silent for three of its heartbeats is dead. 30 s is the least Prefect takes.
-HEARTBEAT = 30
-SILENCE = 3 * HEARTBEAT
 # Ctrl-C too: a shell starts what runs in the background with it switched off.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 START = 180.0  # seconds until the server must answer: on a busy machine it takes 40
@@ -66,77 +61,15 @@ def require_free(port: int) -> None:
             ) from error
 
 
-def run_command(env: dict[str, str], *args: str) -> None:
-    """A `prefect` command that must succeed."""
-    done = subprocess.run(
-        [sys.executable, "-m", "prefect", "--no-prompt", *args],
-        env=env,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode:
-        raise UiError(f"prefect {' '.join(args)} failed:\n{done.stdout}{done.stderr}")
-
-
-def set_up() -> None:
-    """The pool and the automation that marks dead runs; a second time nothing changes."""
-    from prefect.client.orchestration import get_client
-    from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
-    from prefect.exceptions import ObjectNotFound
-
-    with get_client(sync_client=True) as client:
-        try:
-            client.read_work_pool(POOL)
-            client.update_work_pool(POOL, WorkPoolUpdate(concurrency_limit=1))
-        except ObjectNotFound:
-            client.create_work_pool(WorkPoolCreate(name=POOL, type="process", concurrency_limit=1))
-    mark_dead_runs()
-
-
-def mark_dead_runs() -> None:
-    """Have a run that stopped its heartbeat, whose machine went off, end as Crashed."""
-    from prefect.automations import Automation
-    from prefect.client.schemas.objects import StateType
-    from prefect.events.actions import ChangeFlowRunState
-    from prefect.events.schemas.automations import EventTrigger, Posture
-
-    name = "crane: mark dead runs as crashed"
-    wanted = Automation(
-        name=name,
-        description="A run whose process was killed together with its worker sends no heartbeat.",
-        trigger=EventTrigger(
-            posture=Posture.Proactive,
-            after={"prefect.flow-run.heartbeat"},
-            expect={"prefect.flow-run.*"},
-            match={"prefect.resource.id": ["prefect.flow-run.*"]},
-            for_each={"prefect.resource.id"},
-            threshold=1,
-            within=timedelta(seconds=SILENCE),
-        ),
-        actions=[
-            ChangeFlowRunState(
-                state=StateType.CRASHED,
-                message=f"No sign of life for {SILENCE} s: the process, its worker or its machine "
-                "died. Finished work is kept: Retry goes on from there.",
-            )
-        ],
-    )
-    read: Any = Automation.read  # typed as if it were to be awaited
-    try:
-        read(name=name)
-    except ValueError:
-        wanted.create()
-
-
 def serve(port: int, home: Path) -> NoReturn:
     """Run server and worker until a signal, or until one of them ends.
 
     Raises:
-        UiError: the port is taken, or one of the parts does not start or ends.
+        UiError: the port is taken, prefect.yaml is wrong, or a part does not start or ends.
         KeyboardInterrupt: a signal; all has been stopped.
     """
     require_free(port)
+    read_deployments(deployments_file())  # what is wrong with it shows before the server starts
     home.mkdir(parents=True, exist_ok=True)
     env = environment(port, home)
     # Prefect reads its settings when it is imported: not before here.
@@ -146,8 +79,7 @@ def serve(port: int, home: Path) -> NoReturn:
         say(f"Starting Prefect's server (about 15 s); it keeps its data in {home}")
         processes.start("server", "server", "start", "--host", HOST, "--port", str(port))
         _until_it_answers(processes, env["PREFECT_API_URL"])
-        set_up()
-        run_command(env, "deploy", "--all", "--prefect-file", str(_deployments()))
+        set_up(env)
         processes.start("worker", *WORKER)
         say(f"Merge, sweep or evaluate: http://{HOST}:{port}/v2/deployments")
         say(f"Runs work in {os.getcwd()}, one at a time. Ctrl-C stops everything.")
@@ -159,16 +91,6 @@ def serve(port: int, home: Path) -> NoReturn:
         for number in SIGNALS:  # a second Ctrl-C would leave the rest running
             signal.signal(number, signal.SIG_IGN)
         processes.stop()
-
-
-def _deployments() -> Path:
-    """This folder's prefect.yaml, or the one of the repository that we are part of."""
-    name = "prefect.yaml"
-    places = [Path.cwd() / name, Path(__file__).parents[2] / name]
-    for place in places:
-        if place.is_file():
-            return place
-    raise UiError(f"no {name}, neither in {places[0].parent} nor in {places[1].parent}")
 
 
 def _until_it_answers(processes: Processes, url: str) -> None:

@@ -84,9 +84,9 @@ class Site:
         )
         return found
 
-    def deployment(self, name: str) -> dict[str, Any]:
-        """`merge`, `sweep` or `evaluate`."""
-        found: dict[str, Any] = self.get(f"/deployments/name/crane-{name}/{name}")
+    def deployment(self, name: str, flow: str | None = None) -> dict[str, Any]:
+        """`merge`, `sweep` or `evaluate`, or another of these flows."""
+        found: dict[str, Any] = self.get(f"/deployments/name/crane-{flow or name}/{name}")
         return found
 
     def submit(self, name: str, **parameters: Any) -> httpx.Response:

@@ -126,11 +126,24 @@ def show_report(site: Site, page: Any, run: str, key: str, *, pictures: int) -> 
     page.wait_for_function(SHOWN, arg=pictures)
 
 
-def test_the_schedules_are_there_and_switched_off(site: Site, page: Any, camera: Camera) -> None:
-    page.goto(f"{site.url}/v2/deployments/deployment/{site.deployment('sweep')['id']}")
-    off = page.locator("button[role=switch][aria-checked=false]")
-    off.nth(1).wait_for()
+def test_a_schedule_is_switched_on_in_the_page_and_keeps_its_grid(
+    site: Site, page: Any, camera: Camera
+) -> None:
+    def nightly() -> dict[str, Any]:
+        return site.deployment("nightly-crane-30b", "sweep")
+
+    page.goto(f"{site.url}/v2/deployments/deployment/{nightly()['id']}")
+    page.locator("button[role=switch][aria-checked=false]").first.wait_for()
     camera(page, "prefect-schedules", 700)
+    try:
+        page.locator("button[role=switch][aria-checked=false]").first.click()
+        wait_until(lambda: nightly()["schedules"][0]["active"], "the switch")
+        ours = {"id": {"any_": [nightly()["id"]]}}
+        due = wait_until(lambda: site.find("flow_runs", deployments=ours), "its next runs")
+        assert {tuple(run["parameters"]["alphas"]) for run in due} == {(0.15, 0.2, 0.25, 0.3)}
+    finally:
+        path = f"/deployments/{nightly()['id']}/schedules/{nightly()['schedules'][0]['id']}"
+        site.api("PATCH", path, {"active": False}).raise_for_status()
 
 
 def test_what_a_sweep_and_a_second_merge_look_like(site: Site, page: Any, camera: Camera) -> None:

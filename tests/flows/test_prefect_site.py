@@ -192,7 +192,7 @@ def test_any_checkpoint_is_evaluated(site: Site, job: Job) -> None:
 
 
 def test_schedules_come_paused_and_the_pool_takes_one_run_at_a_time(site: Site) -> None:
-    schedules = site.deployment("sweep")["schedules"]
+    schedules = [s for d in site.find("deployments") for s in d["schedules"]]
     assert {s["slug"] for s in schedules} == {"nightly-crane-30b", "weekly-crane-next-80b"}
     assert not any(s["active"] for s in schedules)
     assert site.get("/work_pools/crane")["concurrency_limit"] == 1
