@@ -19,7 +19,7 @@ demo: $(READY)  ## merge the embedded pair, stage by stage; again: every stage i
 	$(BIN)/crane merge tiny
 
 ui: $(READY)  ## Prefect's page with merge, sweep and evaluate; Ctrl-C stops everything
-	$(BIN)/python -m flows.prefect.server --port $(PORT)
+	$(BIN)/crane ui --port $(PORT)
 
 test: $(READY)  ## lint, types and import contracts, and beside them the fast tests
 	@$(MAKE) --no-print-directory --jobs=2 check fast

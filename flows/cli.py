@@ -287,6 +287,17 @@ def evaluate(
     guarded(work, debug=debug)
 
 
+@app.command()
+def ui(
+    port: Annotated[int, typer.Option("--port", help="Of the page.")] = 4200,
+    home: Annotated[Path, typer.Option("--home", help="The server's data.")] = Path(".prefect"),
+) -> None:
+    """Prefect's page with merge, sweep and evaluate as forms, and a worker; Ctrl-C stops all."""
+    from flows.prefect.server import run
+
+    raise typer.Exit(run(port, home))
+
+
 def main() -> None:
     """The console script."""
     app()

@@ -204,6 +204,8 @@ def _recipe(published: Published, places: Places) -> Recipe:
         "output": str(user_path(output).absolute()),
         "shard_size": record["shard_size"],
     }
+    if record["made_on"]["device"] == "cpu":
+        data["run"] |= {"device": "cpu", "threads": record["made_on"]["threads"]}
     shipped = Path(str(resources.files("flows"))) / "recipes"
     own_rows = (user_path(places.data).absolute(),) if places.data else ()
     return recipe_from(data, (*own_rows, Path.cwd(), *published.folders, shipped), published.what)

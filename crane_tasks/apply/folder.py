@@ -61,7 +61,11 @@ def fill_folder(
         # What a rebuild needs besides: the rows, the shards, and where the bits are the same.
         "rows": {name: {"rows": len(r.rows), "digest": r.digest} for name, r in rows.items()},
         "shard_size": ctx.recipe.run.shard_size,
-        "made_on": {"device": device_name(ctx), "compute": ctx.compute},
+        "made_on": {
+            "device": device_name(ctx),
+            "compute": ctx.compute,
+            "threads": torch.get_num_threads(),  # sums on a CPU are split among them
+        },
         "versions": _versions(),
         "files": files,
         "side_files": {name: (folder / name).stat().st_size for name in side_files},

@@ -45,13 +45,11 @@ def set_up(env: Mapping[str, str]) -> None:
 
 
 def deployments_file() -> Path:
-    """This folder's prefect.yaml, or the one of the repository that we are part of."""
-    name = "prefect.yaml"
-    places = [Path.cwd() / name, Path(__file__).parents[2] / name]
-    for place in places:
-        if place.is_file():
-            return place
-    raise UiError(f"no {name}, neither in {places[0].parent} nor in {places[1].parent}")
+    """This folder's prefect.yaml if it deploys flows of ours, or else our own."""
+    own = Path.cwd() / "prefect.yaml"
+    if own.is_file() and "flows.prefect." in own.read_text(errors="replace"):
+        return own
+    return Path(__file__).with_name("prefect.yaml")
 
 
 def read_deployments(file: Path) -> dict[str, Any]:
@@ -119,17 +117,19 @@ def _deploy(file: Path, wanted: dict[str, Any], env: Mapping[str, str]) -> None:
         with tempfile.TemporaryDirectory() as folder:
             copy = Path(folder) / file.name
             copy.write_text(yaml.safe_dump(wanted, sort_keys=False))
-            _run_command(env, "deploy", "--all", "--prefect-file", str(copy))
+            # There, because Prefect imports flows from the folder it is in before all others.
+            _run_command(env, "deploy", "--all", "--prefect-file", str(copy), cwd=folder)
         for place, deployment in there.items():
             for schedule in deployment.schedules:
                 if homes.get(str(schedule.slug), place) != place:
                     client.delete_deployment_schedule(deployment.id, schedule.id)
 
 
-def _run_command(env: Mapping[str, str], *args: str) -> None:
+def _run_command(env: Mapping[str, str], *args: str, cwd: str) -> None:
     """A `prefect` command that must succeed."""
     done = subprocess.run(
         [sys.executable, "-m", "prefect", "--no-prompt", *args],
+        cwd=cwd,
         env=env,
         stdin=subprocess.DEVNULL,
         capture_output=True,

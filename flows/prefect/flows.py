@@ -236,5 +236,5 @@ def _require_server() -> None:
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise BadInput(
             f"PREFECT_API_URL is {url}, but no Prefect server answers there ({error}). Start one "
-            "with `make ui`, or merge without: --no-prefect"
+            "with `crane ui`, or merge without: --no-prefect"
         ) from error

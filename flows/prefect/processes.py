@@ -27,11 +27,11 @@ class Processes:
         self._started: dict[str, float] = {}
 
     def start(self, name: str, *args: str) -> None:
-        """Start a `prefect` command in a session of its own: Ctrl-C is ours to pass on."""
+        """Start a Python module in a session of its own: Ctrl-C is ours to pass on."""
         self._started[name] = time.monotonic()
         with self.log(name).open("ab") as log:
             self._running[name] = subprocess.Popen(
-                [sys.executable, "-m", "prefect", *args],
+                [sys.executable, "-m", *args],
                 env=self._env,
                 stdin=subprocess.DEVNULL,
                 stdout=log,

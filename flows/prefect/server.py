@@ -1,9 +1,8 @@
-"""`make ui`: server, pool, worker and deployments on this machine, until Ctrl-C.
+"""`crane ui`: server, pool, worker and deployments on this machine, until Ctrl-C.
 
 Everything it keeps lies in one folder; nothing runs on after it ended.
 """
 
-import argparse
 import contextlib
 import os
 import signal
@@ -14,6 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
+from crane_tasks.user_paths import user_path
 from flows.prefect.deployments import HEARTBEAT, POOL, deployments_file, read_deployments, set_up
 from flows.prefect.processes import Processes, UiError, say
 
@@ -23,7 +23,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 START = 180.0  # seconds until the server must answer: on a busy machine it takes 40
 # No --limit: with one, a worker of 3.8 ends when a run is retried that it has just seen die.
 # The pool's limit does what is wanted.
-WORKER = ("worker", "start", "--pool", POOL, "--type", "process")
+WORKER = ("prefect", "worker", "start", "--pool", POOL, "--type", "process")
 
 
 def environment(port: int, home: Path) -> dict[str, str]:
@@ -36,6 +36,8 @@ def environment(port: int, home: Path) -> dict[str, str]:
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
         "DO_NOT_TRACK": "1",
+        # `flows` and `artifacts` are common names: those of the folder that we work in are others'.
+        "PYTHONSAFEPATH": "1",
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT),
         # In memory a restart of the server would leak what a run held.
         "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": (
@@ -55,9 +57,9 @@ def require_free(port: int) -> None:
             probe.bind((HOST, port))
         except OSError as error:
             raise UiError(
-                f"port {port} is taken ({error.strerror}): another `make ui`, or the "
+                f"port {port} is taken ({error.strerror}): another `crane ui`, or the "
                 "server of one that was killed? "
-                f"Take a free one: make ui PORT={port + 1}"
+                f"Take a free one: --port {port + 1}"
             ) from error
 
 
@@ -77,7 +79,7 @@ def serve(port: int, home: Path) -> NoReturn:
     processes = Processes(home, env)
     try:
         say(f"Starting Prefect's server (about 15 s); it keeps its data in {home}")
-        processes.start("server", "server", "start", "--host", HOST, "--port", str(port))
+        processes.start("server", "flows.prefect.page", "--host", HOST, "--port", str(port))
         _until_it_answers(processes, env["PREFECT_API_URL"])
         set_up(env)
         processes.start("worker", *WORKER)
@@ -110,23 +112,15 @@ def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
     raise KeyboardInterrupt
 
 
-def main() -> int:
-    """`python -m flows.prefect.server`; 0 when it was stopped, 1 when it cannot start or go on."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--port", type=int, default=4200)
-    parser.add_argument("--home", type=Path, default=Path(".prefect"), help="the server's data")
-    given = parser.parse_args()
+def run(port: int, home: Path) -> int:
+    """Serve until stopped; 0 when it was, 1 when it cannot start or go on."""
     for number in SIGNALS:
         signal.signal(number, _interrupt)
     try:
-        serve(given.port, given.home.expanduser().absolute())
+        serve(port, user_path(home).absolute())
     except KeyboardInterrupt:
         say("Stopped. What was under way goes on when it is retried.")
         return 0
     except UiError as error:
         sys.stderr.write(f"crane: {error}\n")
         return 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

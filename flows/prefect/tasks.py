@@ -10,6 +10,7 @@ decides, and a reused stage ends in the state "Cached" so that the UI says so. A
 again only where that can help.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -207,7 +208,12 @@ class TaskCalls:
 
 
 def refusing(work: Callable[[], T]) -> T | State[T]:
-    """Run a flow's work; what is to be expected ends it as Failed with a message, no traceback."""
+    """Run a flow's work; what is to be expected ends it as Failed with a message, no traceback.
+
+    It works in CRANE_FOLDER where that is set, as prefect.yaml does; relative paths lie there.
+    """
+    if place := os.environ.get("CRANE_FOLDER"):
+        os.chdir(place)
     try:
         return work()
     except EXPECTED as error:

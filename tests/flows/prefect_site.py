@@ -1,4 +1,4 @@
-"""`make ui`'s program as it is: a Prefect server, a worker, the deployments; asked by its API."""
+"""`crane ui` as it is: a Prefect server, a worker, the deployments; asked by its API."""
 
 import os
 import signal
@@ -47,7 +47,7 @@ def end_family(pid: int) -> None:
 
 @dataclass
 class Site:
-    """A running `python -m flows.prefect.server`."""
+    """A running `crane ui`."""
 
     folder: Path
     port: int
@@ -195,14 +195,18 @@ def running(folder: Path) -> Iterator[Site]:
     """Start it in a folder and end it, with all that it started."""
     folder.mkdir(parents=True, exist_ok=True)
     port = free_port()
-    command = [sys.executable, "-m", "flows.prefect.server", "--port", str(port), "--home", "home"]
+    crane = Path(sys.executable).with_name("crane")
+    command = [crane, "ui", "--port", str(port), "--home", "home"]
+    for name in ("flows", "artifacts", "crane_tasks"):  # a folder may have packages so called
+        (folder / name).mkdir(exist_ok=True)
+        (folder / name / "__init__.py").write_text("raise ImportError('not ours')\n")
     with (folder / "ui.log").open("w") as log:
         process = subprocess.Popen(
             command, cwd=folder, stdout=log, stderr=log, text=True, start_new_session=True
         )
     site = Site(folder, port, process)
     try:
-        wait_until(lambda: _ready(site), "`make ui`")
+        wait_until(lambda: _ready(site), "`crane ui`")
         yield site
     finally:
         process.send_signal(signal.SIGINT)

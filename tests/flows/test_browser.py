@@ -61,9 +61,16 @@ def page() -> Iterator[Any]:
         )
         found = browser.new_page(viewport={"width": 1200, "height": 1000})
         found.set_default_timeout(DEADLINE * MILLISECONDS)
-        found.route(re.compile(r"^https?://(?!127\.0\.0\.1[:/])"), lambda route: route.abort())
+        strangers: list[str] = []
+
+        def refuse(route: Any) -> None:
+            strangers.append(route.request.url)
+            route.abort()
+
+        found.route(re.compile(r"^https?://(?!127\.0\.0\.1[:/])"), refuse)
         yield found
         browser.close()
+        assert strangers == [], "the page has asked others"
 
 
 def test_a_merge_is_started_from_the_form_and_its_report_shows(

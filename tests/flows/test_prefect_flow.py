@@ -93,7 +93,7 @@ def test_a_server_that_is_not_there_is_one_readable_line(pairs: Pairs, tmp_path:
         text=True,
     )
     assert ended.returncode == 2 and ended.stdout == ""
-    assert url in ended.stderr and "make ui" in ended.stderr and "--no-prefect" in ended.stderr
+    assert url in ended.stderr and "crane ui" in ended.stderr and "--no-prefect" in ended.stderr
     assert "Traceback" not in ended.stderr and len(ended.stderr.splitlines()) == 1
     assert not (tmp_path / "store" / "delta").exists()
 

@@ -24,7 +24,7 @@ def deployment(name: str, slug: str = "", cron: str = EACH_YEAR, **parameters: A
     found = {
         "name": name,
         "entrypoint": "flows.prefect.flows.sweep_flow",
-        "work_pool": {"name": "crane", "job_variables": {"working_dir": "{{ $PWD }}"}},
+        "work_pool": {"name": "crane", "job_variables": {"env": {"CRANE_FOLDER": "{{ $PWD }}"}}},
         "enforce_parameter_schema": True,
         "parameters": parameters,
     }
@@ -40,9 +40,9 @@ def write(folder: Path, *deployments: Any) -> Path:
 
 
 def deployed_again(site: Site) -> None:
-    """What `make ui` does once more, without another server."""
+    """What `crane ui` does once more, without another server."""
     env = os.environ | {"PREFECT_API_URL": f"{site.url}/api", "PREFECT_HOME": str(site.home)}
-    command = [sys.executable, "-m", "flows.prefect.deployments"]
+    command = [sys.executable, "-P", "-m", "flows.prefect.deployments"]
     done = subprocess.run(command, cwd=site.folder, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 

@@ -1,4 +1,4 @@
-"""The real thing: a Prefect server, a worker and the deployments, as `make ui` starts them."""
+"""The real thing: a Prefect server, a worker and the deployments, as `crane ui` starts them."""
 
 import json
 import signal
@@ -200,7 +200,7 @@ def test_schedules_come_paused_and_the_pool_takes_one_run_at_a_time(site: Site) 
 
 
 def test_a_taken_port_is_named_and_nothing_is_left_running(site: Site, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "flows.prefect.server", "--port", str(site.port)]
+    command = [Path(sys.executable).with_name("crane"), "ui", "--port", str(site.port)]
     ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert ended.returncode == 1
     assert f"port {site.port} is taken" in ended.stderr and "Traceback" not in ended.stderr
@@ -223,7 +223,7 @@ def test_when_everything_was_killed_the_run_is_marked_dead_and_finished_by_a_ret
 
 
 def killed_in_scores_with_all(site: Site, job: Job) -> str:
-    """The same, with the server, the worker and `make ui` itself: as when the power fails."""
+    """The same, with the server, the worker and `crane ui` itself: as when the power fails."""
     run = site.start("merge", **job.parameters())
     wait_until(reached(job.store, "scores", 1), "a scored layer", pause=0.001)
     end_family(site.process.pid)
