@@ -1,6 +1,7 @@
 """The `crane` command: parse, call, print. Heavy imports wait until a command needs them."""
 
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -30,6 +31,7 @@ from flows.command import (
     guarded,
     print_json,
     require_no_workers,
+    set_volume,
 )
 from flows.publish_commands import card, push, rebuild
 from flows.store_commands import store_app
@@ -40,11 +42,11 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     help="Merge paired Instruct and Thinking checkpoints with CRANE.",
 )
 app.add_typer(store_app, name="store")
+LOUDNESS = ("-q", "--quiet", "-v", "--verbose")
 for command in (card, push, rebuild):
     app.command()(command)
 
@@ -298,9 +300,33 @@ def ui(
     raise typer.Exit(run(port, home))
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        from importlib import metadata
+
+        sys.stdout.write(f"crane {metadata.version('crane-merge')}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    quiet: Annotated[
+        bool, typer.Option("-q", "--quiet", help="Results and problems alone.")
+    ] = False,
+    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Every step, too.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it and end.")
+    ] = False,
+) -> None:
+    """Merge paired Instruct and Thinking checkpoints with CRANE."""
+    set_volume(int(verbose) - int(quiet))
+
+
 def main() -> None:
-    """The console script."""
-    app()
+    """The console script; -q and -v may also stand behind the command."""
+    given = sys.argv[1:]
+    loud = [a for a in given if a in LOUDNESS]
+    app([*loud, *(a for a in given if a not in LOUDNESS)])
 
 
 if __name__ == "__main__":

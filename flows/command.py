@@ -66,15 +66,24 @@ def _quiet() -> None:
     logging.getLogger("transformers").setLevel(logging.ERROR)
 
 
+volume = 0  # -q and -v: what a person wants to hear
+
+
+def set_volume(value: int) -> None:
+    """Below 0 results and problems alone; above 0 every step and what libraries say."""
+    global volume
+    volume = value
+
+
 def guarded(work: "Callable[[Terminal], Any]", *, debug: bool) -> Any:
     """Run a command: bad input is one message and exit 2, everything else 1, Ctrl-C 130."""
     from artifacts.errors import StoreError, UnusableStore
     from crane_tasks.errors import BadInput, CraneError
     from flows.terminal import Terminal
 
-    if not debug:
+    if not debug and volume <= 0:
         _quiet()
-    view = Terminal()
+    view = Terminal(volume)
     try:
         with view:
             return work(view)

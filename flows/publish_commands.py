@@ -45,7 +45,7 @@ def push(
     def work(view: "Terminal") -> None:
         from crane_tasks.errors import OutputError
         from flows.publish import check_repo, parcel_of, upload
-        from flows.terminal import human
+        from flows.wording import human
 
         check_repo(repo)
         parcel = parcel_of(folder)

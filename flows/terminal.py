@@ -10,6 +10,9 @@ from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 from rich.table import Table
 
+from flows.progress_lines import ProgressLines
+from flows.wording import duration, human
+
 if TYPE_CHECKING:
     from artifacts.store import Built
     from crane_tasks.report.tables import Cells
@@ -29,7 +32,12 @@ if TYPE_CHECKING:
 class Terminal:
     """Progress bars while it is entered, and one method per thing to show."""
 
-    def __init__(self) -> None:
+    def __init__(self, volume: int = 0) -> None:
+        """
+        Args:
+            volume: below 0 results and problems alone; above 0 every step, too.
+        """
+        self._volume = volume
         self.err = Console(stderr=True, highlight=False)
         # Piped output has no width of its own: 80 columns would cut the tables.
         width = None if sys.stdout.isatty() else 120
@@ -41,8 +49,9 @@ class Terminal:
             TimeRemainingColumn(),
             console=self.err,
             transient=True,
-            disable=not self.err.is_terminal,
+            disable=not self.err.is_terminal or volume < 0,
         )
+        self._lines = ProgressLines(self._say)
         self._tasks: dict[tuple[str, str], TaskID] = {}
 
     def __enter__(self) -> "Terminal":
@@ -58,7 +67,11 @@ class Terminal:
         self._bars.stop()
 
     def progress(self, stage: str, done: int, total: int, what: str, bar: str = "") -> None:
-        """A stage has come so far; its bars go when its own is full."""
+        """A stage has come so far; its bars go when its own is full. Logs get lines instead."""
+        if self._volume > 0 and not bar:
+            self._say(f"{stage}: {done} of {total}, {what}")
+        elif not self.err.is_terminal:
+            self._lines(stage, done, total, what, bar)
         key = (stage, bar)
         if key not in self._tasks:
             self._tasks[key] = self._bars.add_task(bar or stage, total=total, what=what)
@@ -66,6 +79,10 @@ class Terminal:
         if done >= total and not bar:
             for mine in [k for k in self._tasks if k[0] == stage]:
                 self._bars.remove_task(self._tasks.pop(mine))
+
+    def _say(self, text: str) -> None:
+        if self._volume >= 0:
+            self.err.print(_plain(text), soft_wrap=True)
 
     def notice(self, text: str) -> None:
         """Something a person should know of."""
@@ -83,7 +100,8 @@ class Terminal:
         seconds = time.monotonic() - start
         colour = {"reused": "cyan", "resumed": "yellow"}.get(built.status, "green")
         status = f"[{colour}]{built.status:<8}[/{colour}]"
-        self.err.print(f"{stage.title:>12}  {status} {seconds:7.2f} s")
+        if self._volume >= 0:
+            self.err.print(f"{stage.title:>12}  {status} {seconds:7.2f} s")
         return built
 
     def summary(self, merged: "Merged") -> None:
@@ -204,7 +222,7 @@ class Terminal:
         for name in outcome["removed"]:
             self.out.print(name)
         verb = "Would free" if outcome["dry_run"] else "Freed"
-        self.out.print(f"{verb} {human(outcome['bytes'])}.")
+        self.out.print(f"{verb} {human(outcome['bytes']) if outcome['bytes'] else 'nothing'}.")
 
     def _table(self, title: str, cells: "Cells") -> None:
         head, rows = cells
@@ -222,23 +240,3 @@ def _plain(text: str) -> str:
     from rich.markup import escape
 
     return escape(text)
-
-
-def human(count: float | None) -> str:
-    """Bytes for a person."""
-    if not count:
-        return "–"
-    for unit in ("B", "KB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
-
-
-def duration(seconds: float | None) -> str:
-    """A time for a person."""
-    if seconds is None:
-        return "–"
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -11,11 +11,10 @@ from prefect.exceptions import PrefectException
 from prefect.logging import get_run_logger
 
 from flows.prefect.pages import artifact_key
+from flows.progress_lines import ProgressLines
 
 PERIOD = 3.0  # seconds between two updates, at least
 SHARE = 0.02  # of the time may go into updates: a slow server makes them rarer
-LINE_PERIOD = 15.0  # seconds between two lines of the log, at least
-LINE_STEP = 10.0  # percent
 
 
 class StageProgress:
@@ -26,8 +25,7 @@ class StageProgress:
         self._stage = stage
         self._artifact: UUID | None = None
         self._next_update = 0.0
-        self._next_line = time.monotonic() + LINE_PERIOD
-        self._line_at = 0.0
+        self._lines = ProgressLines(lambda text: get_run_logger().info("%s", text))
         self._lost = False
 
     def __call__(self, stage: str, done: int, total: int, what: str, bar: str = "") -> None:
@@ -35,7 +33,7 @@ class StageProgress:
         if bar or TaskRunContext.get() is None:
             return
         percent = 100.0 * done / total if total else 100.0
-        self._say(percent, what)
+        self._lines(self._stage, done, total, what)
         now = time.monotonic()
         if now >= self._next_update:
             self._show(percent, f"{self._stage}: {what}")
@@ -47,24 +45,16 @@ class StageProgress:
         if self._artifact is not None:
             self._show(100.0, f"{self._stage}: {status}")
 
-    def _say(self, percent: float, what: str) -> None:
-        now = time.monotonic()
-        if percent < self._line_at:  # a new pass
-            self._line_at = 0.0
-        if now >= self._next_line and percent >= self._line_at + LINE_STEP:
-            get_run_logger().info("%s: %.0f %%, %s", self._stage, percent, what)
-            self._next_line, self._line_at = now + LINE_PERIOD, percent
-
     def _show(self, percent: float, description: str) -> None:
         if self._lost:
             return
         try:
             if self._artifact is None:
                 key = artifact_key(self._recipe, self._stage, "progress")
-                made: Any = create_progress_artifact(percent, key, description)
+                made: Any = create_progress_artifact(round(percent), key, description)
                 self._artifact = made
             else:
-                update_progress_artifact(self._artifact, percent, description)
+                update_progress_artifact(self._artifact, round(percent), description)
         except (httpx.HTTPError, PrefectException) as error:
             # A bar is not worth a merge.
             self._lost = True

@@ -566,3 +566,15 @@ def test_a_folder_that_is_no_merge_is_never_replaced(bench: Bench, tmp_path: Pat
                       "--output", tmp_path / "out", *force)  # fmt: skip
         assert ended.code == 2 and "no merge" in ended.err
         assert folder_bytes(tmp_path / "out") == {"thesis.txt": b"years of work"}
+
+
+def test_how_loud_it_is_may_be_said_anywhere(bench: Bench, tmp_path: Path) -> None:
+    plain = [bench.pair.recipe_file, "--store", bench.folder / "store"]
+    usual = crane(tmp_path, "scores", *plain)
+    quiet = crane(tmp_path, "scores", *plain, "-q")
+    loud = crane(tmp_path, "--verbose", "scores", *plain, "--store", tmp_path / "fresh")
+    assert usual.code == quiet.code == loud.code == 0
+    assert "scores  reused" in usual.err and quiet.err == "" and quiet.out == usual.out
+    assert re.search(r"scores: \d+ of \d+", loud.err)
+    told = crane(tmp_path, "--version")
+    assert told.code == 0 and re.fullmatch(r"crane \d+\.\d+\.\d+\n", told.out)
