@@ -18,6 +18,7 @@ from pydantic import (
 
 from crane_tasks.merge_section import Merge
 from crane_tasks.section import Count, Data, Endpoint, Number, Section
+from crane_tasks.shipped import shipped_set
 from crane_tasks.user_paths import user_path
 
 
@@ -40,8 +41,8 @@ WHO_CONTINUES = (
 LONGEST = "tokens of a decoded target, at most"
 LONGEST_PROMPT = "tokens of a prompt, at most; a row with a longer one is refused"
 ROWS = (
-    "JSONL, JSON or Parquet file, or the id of a hub dataset; or {path: ..., subset: ..., split: "
-    "..., limit: ..., seed: ...}"
+    "JSONL, JSON or Parquet file, the id of a hub dataset, or crane:NAME of a shipped set; or "
+    "{path: ..., subset: ..., split: ..., limit: ..., seed: ...}"
 )
 ON_LOST = (
     "a row of which the chat template does not show a turn, tool or call: refuse it, or notice"
@@ -200,6 +201,8 @@ class Recipe(Section):
 
     def locate(self, value: str) -> Path | None:
         """The existing file or folder that a value names, or None (a hub id, or a typo)."""
+        if shipped := shipped_set(value):
+            return shipped
         path = user_path(value)
         candidates = [path] if path.is_absolute() else [f / path for f in self._folders]
         return next((c.resolve() for c in candidates if c.exists()), None)

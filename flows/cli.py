@@ -34,6 +34,7 @@ from flows.command import (
     set_volume,
 )
 from flows.publish_commands import card, push, rebuild
+from flows.start_commands import init, schema, ui
 from flows.store_commands import store_app
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ app = typer.Typer(
 )
 app.add_typer(store_app, name="store")
 LOUDNESS = ("-q", "--quiet", "-v", "--verbose")
-for command in (card, push, rebuild):
+for command in (init, schema, ui, card, push, rebuild):
     app.command()(command)
 
 
@@ -287,17 +288,6 @@ def evaluate(
             view.evaluation(compared)
 
     guarded(work, debug=debug)
-
-
-@app.command()
-def ui(
-    port: Annotated[int, typer.Option("--port", help="Of the page.")] = 4200,
-    home: Annotated[Path, typer.Option("--home", help="The server's data.")] = Path(".prefect"),
-) -> None:
-    """Prefect's page with merge, sweep and evaluate as forms, and a worker; Ctrl-C stops all."""
-    from flows.prefect.server import run
-
-    raise typer.Exit(run(port, home))
 
 
 def _version(asked: bool) -> None:

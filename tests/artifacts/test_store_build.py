@@ -316,7 +316,7 @@ def test_a_store_of_another_format_is_refused(tmp_path: Path) -> None:
 
 def test_a_store_cannot_be_made_where_a_file_is(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(StoreError, match="cannot be used"):
+    with pytest.raises(StoreError, match="the store is a folder"):
         Store(tmp_path / "file").prepare()
 
 

@@ -204,14 +204,18 @@ def test_any_recipe_field_is_an_axis(moe_pair: TinyPair, tmp_path: Path) -> None
 def test_an_alpha_beyond_the_dtype_spoils_its_own_point_alone(
     moe_pair: TinyPair, tmp_path: Path
 ) -> None:
-    found = swept(moe_pair, tmp_path, alphas=(0.4, 1e39, 0.9))
+    pair = moe_pair.copy(tmp_path / "pair")
+    tensors = load_tensors(pair.donor)
+    tensors["model.layers.0.self_attn.q_proj.weight"][0, 0] += 100
+    save_tensors(pair.donor, tensors)
+    found = swept(pair, tmp_path, alphas=(0.4, 3e38, 0.9))
     assert [p.status for p in found.points] == ["computed", "failed", "computed"]
     assert found.points[1].metrics == {} and "too large" in str(found.points[1].error)
     assert found.problem is not None and "1 of 3" in found.problem
     record = found.as_json()["points"][1]
     assert "too large" in record["error"] and not record["meets"] and not record["pareto"]
     assert "too large" in (tmp_path / "grid" / "sweep.md").read_text()
-    sound = swept(moe_pair, tmp_path / "other", alphas=(0.4, 0.9))
+    sound = swept(pair, tmp_path / "other", alphas=(0.4, 0.9))
     assert [found.points[i].metrics for i in (0, 2)] == [p.metrics for p in sound.points]
 
 
