@@ -1,7 +1,10 @@
 """The report of a merge: what it did, as Markdown and as one HTML page with pictures."""
 
 import json
+import socket
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +12,7 @@ import yaml
 
 from artifacts.ref import digest_of
 from artifacts.store import Artifact
+from crane_tasks.apply.folder import device_name
 from crane_tasks.apply.rows import unlike_words
 from crane_tasks.calibration.sets import TokenSet
 from crane_tasks.edit import edit_of
@@ -29,7 +33,8 @@ from crane_tasks.report.targets import target_table, unended_note
 from crane_tasks.scores.reading import Scores
 from crane_tasks.session import Context
 
-PICTURES = 1  # version of how they are drawn
+LARGE = 10.0  # a score that deserves a second look
+PICTURES = 2  # version of how they are drawn
 DRAWN = ".pictures.json"  # what the pictures in a folder show
 
 
@@ -74,6 +79,7 @@ def markdown(report: MergeReport, pictures: dict[str, str]) -> str:
         f"# {recipe.name}: alpha {recipe.alpha:g}{tau}",
         f"Merged checkpoint: `{report.ctx.output.name}`",
         f"By {edit.title}: `{edit.formula}`",
+        _made_note(report.ctx),
         "## What the models do",
         table(head, rows) if rows else "",
         _evaluation_note(report.evaluation),
@@ -118,8 +124,37 @@ def _gate_parts(report: MergeReport) -> list[str]:
         "## Scores",
         "S(c) over all layers (the baseline has 1) and the sums it is made of, in nats: what both "
         "sets agree on, each set's slope along the whole delta, and the norm of its coordinates.",
+        _large_note(report.scores),
         table(*gain_table(report.scores, report.gains)),
     ]
+
+
+def _large_note(scores: Scores) -> str:
+    """Where S makes an edit that is out of all proportion, in words."""
+    large = {
+        f"{component} in layer {layer}: {value:.1f}": value
+        for layer, row in scores.per_layer.items()
+        for component, value in row.items()
+        if value > LARGE
+    }
+    if not large:
+        return ""
+    told = sorted(large, key=lambda name: -large[name])
+    more = f" and {len(told) - 3} more" if len(told) > 3 else ""
+    return (
+        f"**Large scores** ({'; '.join(told[:3])}{more}): there the edit is so many times as strong "
+        "as in the baseline. Look at what `crane stability` says of S, and at the evaluation, "
+        "before you trust it."
+    )
+
+
+def _made_note(ctx: Context) -> str:
+    """When, where and with what."""
+    versions = ", ".join(
+        f"{name} {metadata.version(name)}" for name in ("crane-merge", "torch", "transformers")
+    )
+    now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    return f"Written {now} on `{socket.gethostname()}` ({device_name(ctx)}), {versions}."
 
 
 def _evaluation_note(evaluation: dict[str, Any]) -> str:

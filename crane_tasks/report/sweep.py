@@ -18,7 +18,7 @@ from crane_tasks.evaluate.metrics import BY_NAME, METRICS
 from crane_tasks.recipe import Recipe
 from crane_tasks.report.finite import finite
 from crane_tasks.report.page import page, table
-from crane_tasks.report.pictures import trade_off
+from crane_tasks.report.sweep_picture import sweep_picture
 
 STEM = "sweep"
 PICTURE = f"{STEM}.png"
@@ -144,7 +144,7 @@ def sweep_markdown(report: SweepReport, picture: str | None) -> str:
         "chosen." if choice.best is not None else report.problem or "",
         f"Written: `{Path(written).name}`" if written else "",
         *(f"**Failed: {p}.** {p.error}" for p in failed),
-        f"![Reasoning loss against {BY_NAME[choice.axes[-1]].title}]({picture})" if picture else "",
+        f"![Reasoning loss against alpha, and what is traded for it]({picture})" if picture else "",
         "## Recipe",
         f"```yaml\n{yaml.safe_dump(recipe, sort_keys=False)}```",
     ]  # fmt: skip
@@ -157,8 +157,8 @@ def write_sweep_report(report: SweepReport, folder: Path) -> Path:
     write_atomically(folder / FILES[0], json.dumps(finite(report.record), indent=2) + "\n")
     write_atomically(folder / FILES[1], sweep_csv(report.points, report.choice))
     pictures: dict[str, bytes] = {}
-    if len(report.choice.axes) > 1 and report.choice.front:
-        pictures[PICTURE] = trade_off(
+    if report.choice.front:
+        pictures[PICTURE] = sweep_picture(
             report.points, report.choice, report.requirements, report.models
         )
         part = folder / f".{PICTURE}.part"

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from crane_tasks.errors import RecipeError
 from crane_tasks.evaluate.choice import Point, Requirement, choose, read_requirement, shortfall
 from crane_tasks.places import point_name
-from crane_tasks.report.pictures import trade_off
 from crane_tasks.report.sweep import point_rows, sweep_csv
+from crane_tasks.report.sweep_picture import sweep_picture
 
 
 def at(alpha: float, loss: float, calls: float | None = None, **more: float) -> Point:
@@ -122,5 +122,5 @@ def test_a_report_of_points_that_failed_or_were_not_measured_can_be_made() -> No
     assert head[1:3] == ["alpha", "tau"] and [row[0] for row in rows] == ["", "", "★"]
     lines = sweep_csv(points, choice).splitlines()
     assert len(lines) == 4 and all(line.count(",") == lines[0].count(",") for line in lines)
-    picture = trade_off(points, choice, [Requirement("tool_calls", ">=", 0.5)], {})
+    picture = sweep_picture(points, choice, [Requirement("tool_calls", ">=", 0.5)], {})
     assert picture.startswith(b"\x89PNG")
