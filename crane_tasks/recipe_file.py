@@ -151,8 +151,11 @@ def load_recipe(
     data = read_yaml(text, str(path))
     if not isinstance(data, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of keys to values")
-    for assignment in assignments:
+    given = list(assignments)
+    for assignment in given:
         _set_dotted(data, assignment)
     data |= {k: v for k, v in (overrides or {}).items() if v is not None}
     folders = (path.resolve().parent, Path(os.getcwd()))
-    return recipe_from(data, folders, str(path))
+    # Who gave a value is not known here: the file or a change on top.
+    what = str(path) + (f" with {', '.join(given)}" if given else "")
+    return recipe_from(data, folders, what)

@@ -4,8 +4,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from artifacts.store import Built
+from artifacts.store import Built, write_atomically
+from crane_tasks.apply.card import with_results
 from crane_tasks.apply.forecast import predicted_changes
+from crane_tasks.apply.output import held, provenance
 from crane_tasks.apply.stage import APPLY, check_destination, read_edit
 from crane_tasks.calibration.targets import retokenised
 from crane_tasks.delta import DELTA
@@ -13,10 +15,12 @@ from crane_tasks.errors import RecipeError
 from crane_tasks.evaluate.measure import measured_sets
 from crane_tasks.evaluate.stage import EVALUATE, gate_check, read_comparison
 from crane_tasks.method import Call, build, build_before, in_this_process, keys_of, stages_of
+from crane_tasks.models.files.folder import CARD
 from crane_tasks.places import report_folder
 from crane_tasks.projector import PROJECTOR
 from crane_tasks.report.merge import MergeReport, write_report
-from crane_tasks.report.tables import Cells, edit_table
+from crane_tasks.report.page import table
+from crane_tasks.report.tables import Cells, edit_table, evaluation_table
 from crane_tasks.report.targets import target_sets
 from crane_tasks.scores.reading import Scores, alpha_by_rule
 from crane_tasks.scores.stage import SCORES, scores_of
@@ -94,6 +98,7 @@ def merge(
     def work() -> Merged:
         merged = Merged(ctx, keys, build(stages_of(keys), ctx, keys, call))
         _collect(merged)
+        _note_results(merged)
         if report:
             _report(merged)
         return merged
@@ -118,6 +123,24 @@ def _collect(merged: Merged) -> None:
     merged.evaluation = read_comparison(store.open(keys[EVALUATE]))
     if predicted := predicted_changes(ctx, keys):
         merged.evaluation = merged.evaluation | {"gate": gate_check(merged.evaluation, predicted)}
+
+
+def _note_results(merged: Merged) -> None:
+    """Put the evaluation into the card of an output that is this merge's."""
+    head, rows = evaluation_table(merged.evaluation)
+    counts = merged.evaluation.get("rows", {})
+    if not rows or not counts:
+        return
+    told = ", ".join(f"{count} {name}" for name, count in counts.items())
+    text = f"## Results\n\nOn held-out rows ({told}), by greedy decoding.\n\n{table(head, rows)}\n"
+    ctx = merged.ctx
+    with held(ctx.output):
+        card, record = ctx.output / CARD, provenance(ctx.output)
+        if record is None or record["apply"] != merged.keys[APPLY].key or not card.is_file():
+            return  # another merge's by now
+        before = card.read_text()
+        if (after := with_results(before, text)) != before:
+            write_atomically(card, after)
 
 
 def _report(merged: Merged) -> None:

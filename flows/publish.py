@@ -8,7 +8,7 @@ from typing import Any
 
 from blake3 import blake3
 
-from crane_tasks.apply.output import PROVENANCE, provenance
+from crane_tasks.apply.output import PROVENANCE, RECIPE_COPY, provenance
 from crane_tasks.errors import OutputError
 from crane_tasks.hub import hub_errors
 from crane_tasks.models.files.folder import CARD, INDEX
@@ -24,7 +24,8 @@ class Parcel:
     """A finished merge, as it is sent.
 
     Attributes:
-        files: bytes of each file, by its path in the folder.
+        files: bytes of each file, by its path in the folder. Not the recipe that runs from there:
+            its paths are of this machine, and crane.json has the recipe.
         card: the text of README.md.
     """
 
@@ -35,7 +36,7 @@ class Parcel:
 
 
 def parcel_of(folder: Path) -> Parcel:
-    """What of a folder is sent: all but hidden files.
+    """What of a folder is sent: all but hidden files and the recipe that runs from there.
 
     Raises:
         OutputError: it is no finished merge, or a file was changed since.
@@ -50,7 +51,7 @@ def parcel_of(folder: Path) -> Parcel:
     files = {
         name: file.stat().st_size
         for name, file in sorted(found.items())
-        if not any(part.startswith(".") for part in Path(name).parts)
+        if name != RECIPE_COPY and not any(part.startswith(".") for part in Path(name).parts)
     }
     sizes = {n: r["size"] for n, r in record["files"].items()} | record["side_files"]
     for name, size in sizes.items():

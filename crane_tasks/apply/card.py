@@ -39,6 +39,7 @@ class CardFacts:
     """What a card is made from.
 
     Attributes:
+        shown: the recipe as others may read it.
         unlike: which tokens base and donor do not share; empty for none.
         notes: in what the pair is none of twins.
         packed: whether the base is stored in FP8, and the merge is not.
@@ -46,6 +47,7 @@ class CardFacts:
     """
 
     recipe: Recipe
+    shown: Mapping[str, Any]
     edit: Edit
     base: str
     donor: str
@@ -71,13 +73,14 @@ def _front_matter(facts: CardFacts) -> str:
             matter = None
         if isinstance(matter, dict) and isinstance(matter.get("license"), str):
             license_name = matter["license"]
+    of_hub = [name for name in (facts.base, facts.donor) if "/" in name]
     front = {
         "license": license_name,
-        "base_model": [facts.base, facts.donor],
-        "base_model_relation": "merge",
+        # Of the hub alone: it looks these up, and a folder's name leads nowhere.
+        **({"base_model": of_hub, "base_model_relation": "merge"} if of_hub else {}),
         "library_name": "transformers",
         "pipeline_tag": "image-text-to-text" if facts.wrapper else "text-generation",
-        "tags": ["merge", "crane", "tool-use", "reasoning"],
+        "tags": ["merge", "model-merging", "crane", "tool-use", "reasoning", "code"],
     }
     return f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n"
 
@@ -88,6 +91,29 @@ def _told(recipe: Recipe, edit: Edit) -> str:
     if "tau" in edit.fields:
         numbers.append(f"tau = {recipe.tau:g}")
     return "\n".join([f"with {' and '.join(numbers)}.", *(part.words for part in edit.parts)])
+
+
+def _only_set(shown: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a recipe's values those that were set, without all the defaults."""
+    return {
+        key: _only_set(shown[key], value)
+        if isinstance(value, dict) and isinstance(shown[key], dict)
+        else shown[key]
+        for key, value in given.items()
+        if key in shown
+    }
+
+
+RESULTS, RESULTS_END = "<!-- crane: results -->\n", "<!-- end -->\n"
+
+
+def with_results(card: str, table: str) -> str:
+    """A card with the evaluation in its place; a card that lost the place stays as it is."""
+    before, begin, rest = card.partition(RESULTS)
+    _, end, after = rest.partition(RESULTS_END)
+    if not (begin and end):
+        return card
+    return f"{before}{RESULTS}{table}{RESULTS_END}{after}"
 
 
 CARD = """{front}
@@ -106,8 +132,10 @@ weights, without training.
 {recipe}
 ```
 
-The full recipe is in `crane_recipe.yaml`, digests of all inputs are in `crane.json`.
+The full recipe and the digests of all inputs are in `crane.json`; `crane rebuild` makes the merge
+again from it.
 {notes}
+{results}
 ## Architecture
 
 | | |
@@ -146,7 +174,7 @@ def model_card(facts: CardFacts) -> str:
     recipe, edit = facts.recipe, facts.edit
     config = {**facts.config, "model_type": facts.wrapper or facts.config.get("model_type")}
     rows = {title: config[key] for key, title in ROWS.items() if config.get(key)}
-    shown = recipe.published() | {"base": facts.base, "donor": facts.donor}
+    shown = _only_set(facts.shown, recipe.published())
     return CARD.format(
         front=_front_matter(facts),
         name=recipe.name,
@@ -158,6 +186,7 @@ def model_card(facts: CardFacts) -> str:
         told=_told(recipe, edit),
         loader="AutoModelForImageTextToText" if facts.wrapper else "AutoModelForCausalLM",
         alike="Tensor names and tokenizer" if facts.packed else ALIKE,
+        results=RESULTS + RESULTS_END,
         notes="".join(f"\n- {note}" for note in facts.notes) + "\n" if facts.notes else "",
         recipe=yaml.safe_dump(shown, sort_keys=False).rstrip(),
         table="\n".join(f"| {title} | {value} |" for title, value in rows.items()),

@@ -12,6 +12,7 @@ import yaml
 from artifacts.store import write_atomically
 from crane_tasks.apply.card import CardFacts, model_card
 from crane_tasks.apply.output import PROVENANCE, RECIPE_COPY, Shard, copy_side_files, write_index
+from crane_tasks.apply.recipe_copies import HEAD, runnable, shown
 from crane_tasks.apply.rows import unlike_words
 from crane_tasks.edit import edit_of
 from crane_tasks.identity import name_in_cache, published_name
@@ -44,20 +45,19 @@ def fill_folder(
     fp8 = ctx.recipe.merge.output_dtype == "fp8"
     write_index(base, plan, folder, fp8=fp8)
     side_files = copy_side_files(base, folder, fp8=fp8)
-    recipe = ctx.recipe.model_dump(mode="json", exclude={"run"})
     sets = ctx.recipe.calibration
     named = {"reasoning": sets.reasoning, "agent": sets.agent, "format": sets.format}
     rows = {name: load_rows(ctx.recipe, own.data) for name, own in named.items()}
-    (folder / RECIPE_COPY).write_text(yaml.safe_dump(recipe, sort_keys=False))
+    (folder / RECIPE_COPY).write_text(HEAD + yaml.safe_dump(runnable(ctx), sort_keys=False))
     (folder / CARD).write_text(model_card(_facts(ctx)))
     edit = edit_of(ctx.recipe)
     made_from = ["delta", *edit.stages]
     record = {
         "apply": key,
         "stages": {role: keys.refs[role].key for role in made_from},
-        "base": _side(ctx.recipe.base, ctx.base_id, ctx.base),
-        "donor": _side(ctx.recipe.donor, ctx.donor_id, ctx.donor),
-        "recipe": recipe,
+        "base": _side(published_name(ctx.recipe, ctx.recipe.base), ctx.base_id, ctx.base),
+        "donor": _side(published_name(ctx.recipe, ctx.recipe.donor), ctx.donor_id, ctx.donor),
+        "recipe": shown(ctx),
         # What a rebuild needs besides: the rows, the shards, and where the bits are the same.
         "rows": {name: {"rows": len(r.rows), "digest": r.digest} for name, r in rows.items()},
         "shard_size": ctx.recipe.run.shard_size,
@@ -95,6 +95,7 @@ def _facts(ctx: Context) -> CardFacts:
     base = ctx.pair().base
     return CardFacts(
         recipe=ctx.recipe,
+        shown=shown(ctx),
         edit=edit_of(ctx.recipe),
         base=published_name(ctx.recipe, ctx.recipe.base),
         donor=published_name(ctx.recipe, ctx.recipe.donor),

@@ -141,10 +141,11 @@ def _large_note(scores: Scores) -> str:
         return ""
     told = sorted(large, key=lambda name: -large[name])
     more = f" and {len(told) - 3} more" if len(told) > 3 else ""
+    places = "; ".join(told[:3]) + more
     return (
-        f"**Large scores** ({'; '.join(told[:3])}{more}): there the edit is so many times as strong "
-        "as in the baseline. Look at what `crane stability` says of S, and at the evaluation, "
-        "before you trust it."
+        f"**Large scores** ({places}): there the edit is so many times as strong as in the "
+        "baseline. Look at what `crane stability` says of S, and at the evaluation, before you "
+        "trust it."
     )
 
 

@@ -33,6 +33,7 @@ def _run_name() -> str:
         told.append(f"{len(given['alphas']) or 1} x {len(given['taus']) or 1} points")
     if "checkpoint" in given:
         told.append(Path(given["checkpoint"]).name)
+    told += form.overrides_of(given)
     return ", ".join([form.short_name(given), *told])
 
 
@@ -60,7 +61,8 @@ def merge_flow(
     Args:
         recipe: A recipe that comes with CRANE.
         recipe_file: Path of a recipe of your own; if given, it is taken instead.
-        alpha: Strength of the edit, 0 or more. Empty: the recipe's.
+        alpha: Strength of the edit, 0 or more. Empty: the recipe's (tiny 0.65, crane-30b 0.25,
+            crane-next-80b 0.15).
         tau: Where protection is one half, above 0 and at most 1. Empty: the recipe's.
         output: Folder of the merged checkpoint. Empty: the recipe's, or merged/NAME-alpha-tau.
         advanced: Overrides, store, device.

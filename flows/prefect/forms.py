@@ -4,6 +4,7 @@ Prefect makes the form from the flow's signature: a `Literal` becomes a choice, 
 its own, a bound a check. What is left empty is the recipe's.
 """
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -60,6 +61,14 @@ Output = Annotated[str, _titled("Output folder")]
 CheckpointFolder = Annotated[str, Field(min_length=1), _titled("Checkpoint")]
 
 
+Device = Literal[
+    "as the recipe says", "auto", "cpu", "cuda",
+    "cuda:0", "cuda:1", "cuda:2", "cuda:3", "cuda:4", "cuda:5", "cuda:6", "cuda:7",
+]  # fmt: skip
+# Between two overrides that stand in one line.
+NEXT = re.compile(r"\s*,\s*(?=\w+(?:\.\w+)*=)")
+
+
 class Settings(BaseModel):
     """What hardly ever needs a change."""
 
@@ -68,21 +77,22 @@ class Settings(BaseModel):
     overrides: list[str] = Field(
         default=[],
         title="Overrides",
-        description="Any recipe field, a line each: projector.rank=128, merge.rounding=stochastic",
+        description="Any recipe field: projector.rank=128, merge.rounding=stochastic",
     )
     store: str = Field(
         default="",
         title="Store",
         description="Folder of the stage store; empty: the recipe's, or crane-store",
     )
-    device: Literal["as the recipe says", "auto", "cpu", "cuda"] = Field(
+    device: Device = Field(
         default="as the recipe says", title="Device", description="auto: a GPU if there is one"
     )
 
     def assignments(self) -> list[str]:
         """As `--set` takes them."""
         device = [] if self.device == "as the recipe says" else [f"run.device={self.device}"]
-        return [*self.overrides, *device]
+        given = [one for line in self.overrides for one in NEXT.split(line.strip()) if one]
+        return [*given, *device]
 
 
 class MergeSettings(Settings):
@@ -120,6 +130,13 @@ def short_name(parameters: dict[str, Any]) -> str:
     """A run's recipe for its title."""
     file = str(parameters.get("recipe_file") or "").strip()
     return Path(file).stem if file else str(parameters.get("recipe", ""))
+
+
+def overrides_of(parameters: dict[str, Any]) -> list[str]:
+    """The recipe fields that a run changes, for its title."""
+    advanced = parameters.get("advanced") or {}
+    given = advanced.get("overrides") if isinstance(advanced, dict) else advanced.overrides
+    return [one for line in given or () for one in NEXT.split(str(line).strip()) if one]
 
 
 def opened(

@@ -196,7 +196,9 @@ def test_a_merge_is_shown_asked_for_pushed_privately_and_made_again_by_others(
     desk.crane("push", "out", "me/merge", "--yes")
     assert hub.private == {"me/merge"} and 0 < before < len(hub.sent)
     there = {p.name: p.read_bytes() for p in hub.repos["me/merge"].iterdir()}
-    assert there == {p.name: p.read_bytes() for p in (desk.folder / "out").iterdir()}
+    here = {p.name: p.read_bytes() for p in (desk.folder / "out").iterdir()}
+    assert b"../reasoning.jsonl" in here.pop("crane_recipe.yaml") and there == here
+    assert all(str(desk.folder).encode() not in content for content in there.values())
 
     stranger = Desk(desk.house, desk.pair, tmp_path / "other")
     for file in stranger.folder.iterdir():  # who has neither recipe nor rows

@@ -49,10 +49,21 @@ def test_schedules_are_paused_and_their_parameters_are_what_the_flow_and_its_rec
 
 
 def test_the_form_offers_every_shipped_recipe() -> None:
-    from flows.opening import shipped_recipes
+    from flows.opening import open_session, shipped_recipes
+    from flows.prefect.flows import merge_flow
     from flows.prefect.forms import ShippedRecipe
 
     assert sorted(get_args(ShippedRecipe)) == sorted(shipped_recipes())
+    help_of_alpha = merge_flow.parameters.properties["alpha"]["description"]
+    for name in shipped_recipes():
+        assert f"{name} {open_session(name).recipe.alpha:g}" in " ".join(help_of_alpha.split())
+
+
+def test_a_runs_name_tells_what_was_changed() -> None:
+    from flows.prefect.forms import overrides_of
+
+    assert overrides_of({"advanced": {"overrides": ["a.b=1, c=2"]}}) == ["a.b=1", "c=2"]
+    assert overrides_of({"advanced": {}}) == overrides_of({}) == []
 
 
 def test_every_field_has_a_title_and_help_and_no_number_starts_as_null() -> None:
@@ -67,15 +78,21 @@ def test_every_field_has_a_title_and_help_and_no_number_starts_as_null() -> None
 
 def test_what_is_left_empty_is_the_recipes() -> None:
     from flows.prefect.flows import merge_flow
-    from flows.prefect.forms import opened
+    from flows.prefect.forms import Settings, opened
 
     taken = merge_flow.validate_parameters({})
     recipe = opened(taken["recipe"], taken["recipe_file"], taken["advanced"]).recipe
     assert (recipe.name, recipe.alpha, recipe.run.device) == ("tiny", 0.65, "auto")
-    changed = {"advanced": {"overrides": ["projector.rank=7"], "device": "cpu"}, "alpha": 0.2}
+    both = ["projector.rank=7, merge.rounding=stochastic", "merge.lm_head.rows={a: 0.1, b: 0.2}"]
+    changed = {"advanced": {"overrides": both, "device": "cpu"}, "alpha": 0.2}
     taken = merge_flow.validate_parameters(changed)
     recipe = opened("tiny", " ", taken["advanced"], alpha=taken["alpha"]).recipe
     assert (recipe.alpha, recipe.projector.rank, recipe.run.device) == (0.2, 7, "cpu")
+    assert recipe.merge.rounding == "stochastic"
+    assert recipe.merge.lm_head.rows == {"a": 0.1, "b": 0.2}
+    with pytest.raises(RecipeError, match=r"with projector\.rnk=7"):
+        opened("tiny", "", Settings(overrides=["projector.rnk=7"]))
+    assert opened("tiny", "", Settings(device="cuda:1")).recipe.run.device == "cuda:1"
     with pytest.raises(RecipeError, match="no such recipe"):
         opened("tiny", "nowhere.yaml", taken["advanced"])
 

@@ -14,6 +14,9 @@ from safetensors import safe_open
 from tiny_merge import bits, merged, reported
 
 from crane_tasks.models.files.safetensors_io import read_header
+from crane_tasks.recipe_file import load_recipe
+from crane_tasks.session import Session
+from flows.merge import merge
 
 Pairs = Callable[[str], TinyPair]
 STRAYS = (
@@ -81,6 +84,8 @@ def test_the_card_the_recipe_and_the_provenance_are_ours(done: Done) -> None:
     assert matter["library_name"] == "transformers"
     assert matter["pipeline_tag"] == "text-generation"
     assert "2605.14084" in card and "the base's card" not in card
+    loss = done.result.evaluation["models"]["merged"]["reasoning_loss"]
+    assert "## Results" in card and f"| merged | {loss:.4f} |" in card
     recipe = yaml.safe_load((done.output / "crane_recipe.yaml").read_text())
     assert (recipe["alpha"], recipe["tau"], recipe["name"]) == (0.5, 0.03, "tiny-random")
     assert "run" not in recipe
@@ -160,3 +165,14 @@ def test_unlike_dtypes_of_base_and_donor_give_the_bases(pairs: Pairs, tmp_path: 
     merged(pairs("qwen3"), tmp_path / "store", tmp_path / "same")
     found, wanted = load_tensors(tmp_path / "out"), load_tensors(tmp_path / "same")
     assert {n: bits(t) for n, t in found.items()} == {n: bits(t) for n, t in wanted.items()}
+
+
+def test_the_recipe_in_the_output_runs_from_there_and_the_record_tells_of_no_machine(
+    done: Done, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(done.output)
+    recipe = load_recipe(done.output / "crane_recipe.yaml", assignments=["run.output=."])
+    again = merge(Session(recipe, done.result.ctx.store), report=False)
+    assert {built.status for built in again.stages} == {"reused"}
+    for name in ("crane.json", "README.md"):
+        assert str(done.pair.folder) not in (done.output / name).read_text()
