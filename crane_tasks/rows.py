@@ -11,7 +11,7 @@ from typing import Any
 from artifacts.ref import digest_of
 from crane_tasks.conversation import characters, messages_of, template_options, tools_of
 from crane_tasks.errors import DataError
-from crane_tasks.recipe import Recipe
+from crane_tasks.recipe import Recipe, data_sources
 from crane_tasks.row_files import UNITS, kind_of, read_records, without_nulls
 from crane_tasks.section import Data, Rows, rows_of
 
@@ -144,3 +144,19 @@ def _row(record: Mapping[str, Any], place: str) -> Row:
             f"{place}: has {length:,} characters, a row may have {LONGEST_ROW:,}. Split or drop it."
         )
     return Row(place, messages, tools, completion, template_options(record, place))
+
+
+def check_sources(recipe: Recipe) -> None:
+    """Read every set of rows that a recipe names.
+
+    Raises:
+        DataError: with all that is wrong, a line for each file.
+    """
+    problems: list[str] = []
+    for data in data_sources(recipe):
+        try:
+            load_rows(recipe, data)
+        except DataError as error:
+            problems.append(str(error))
+    if problems:
+        raise DataError("\n".join(dict.fromkeys(problems)))

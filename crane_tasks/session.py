@@ -31,7 +31,7 @@ from crane_tasks.models.walk.pace import WalkStep
 from crane_tasks.places import output_folder
 from crane_tasks.protocol import format_marks, syntax_of_texts, template_syntax
 from crane_tasks.recipe import Recipe, data_sources
-from crane_tasks.rows import load_rows
+from crane_tasks.rows import check_sources, load_rows
 from crane_tasks.section import Data
 
 Result = TypeVar("Result")
@@ -255,8 +255,7 @@ def open_context(session: Session, *, whole: bool = True) -> Context:
         torch.set_num_threads(recipe.run.threads)
     # The dear part of this is to hash weights that are not known yet: what is wrong with
     # data or headers must show before.
-    for data in data_sources(recipe):
-        load_rows(recipe, data)
+    check_sources(recipe)
     base, donor = pair_folders(recipe, session.kept, session.notice, whole=whole)
     pair = Pair.open(base, donor)
     memo = DigestMemo(store.root)

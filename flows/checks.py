@@ -3,21 +3,32 @@
 from collections.abc import Iterable
 from pathlib import Path
 
+from crane_tasks.errors import EndpointError
 from crane_tasks.method import stages_of, used
 from crane_tasks.session import Context
 from crane_tasks.sizes import check_disk_space
 from crane_tasks.stage import Keys, Stage
 
 
-def check_stages(ctx: Context, keys: Keys, stages: Iterable[Stage] | None = None) -> None:
+def check_stages(
+    ctx: Context, keys: Keys, stages: Iterable[Stage] | None = None, *, now: bool = True
+) -> None:
     """Whatever the stages (by default all of the run's) can refuse cheaply.
+
+    Args:
+        now: they are about to be made; else a server that is not there is but told of.
 
     Raises:
         BadInput: recipe, data or a server is wrong.
     """
     for stage in used(ctx.recipe) if stages is None else stages:
         if stage in keys:
-            stage.check(ctx, keys)
+            try:
+                stage.check(ctx, keys)
+            except EndpointError as error:
+                if now:
+                    raise
+                ctx.session.notice(str(error))
 
 
 def disk_needs(
@@ -41,11 +52,11 @@ def disk_needs(
     return wanted
 
 
-def check_all(ctx: Context, keys: Keys) -> None:
+def check_all(ctx: Context, keys: Keys, *, now: bool = True) -> None:
     """Both of these, for a merge; the output folder was looked at before.
 
     Raises:
         BadInput: as `check_stages`; a disk has no room.
     """
     check_disk_space(disk_needs(ctx, keys))
-    check_stages(ctx, keys)
+    check_stages(ctx, keys, now=now)

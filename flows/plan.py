@@ -51,7 +51,7 @@ def make_plan(session: Session) -> Plan:
     ctx = open_context(session, whole=False)
     keys = keys_of(ctx)
     check_destination(ctx, keys)
-    check_all(ctx, keys)
+    check_all(ctx, keys, now=False)
     check_pair(ctx.pair(), ctx.recipe.pair.allow)
     stages = [_planned(ctx, keys, stage) for stage in stages_of(keys)]
     syntax, patterns = ctx.syntax(), ctx.settled.calibration.format.patterns or ()

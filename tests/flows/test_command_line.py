@@ -442,6 +442,12 @@ def absent_heldout_data(case: Case) -> None:
     case.set("evaluate.reasoning=absent.jsonl")
 
 
+@bad(r"gone\.jsonl: no such data file.*away\.jsonl: no such data file")
+def two_absent_files(case: Case) -> None:
+    case.set("calibration.agent.data=gone.jsonl")
+    case.set("evaluate.reasoning=away.jsonl")
+
+
 @bad(r"reasoning\.jsonl line 5: not JSON")
 def broken_data_line(case: Case) -> None:
     with (case.pair.folder / "reasoning.jsonl").open("a") as stream:

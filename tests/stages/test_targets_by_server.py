@@ -19,6 +19,7 @@ from completions_server import (
     write_prompts,
 )
 from conftest import TinyPair
+from tiny_merge import asked as asked_for
 from tiny_merge import merged, reported
 
 from artifacts.store import Artifact, Store
@@ -32,6 +33,7 @@ from crane_tasks.models.files.wording import listed
 from crane_tasks.recipe import Endpoint
 from crane_tasks.session import Context, Session, open_context
 from flows.evaluate import evaluate
+from flows.plan import make_plan
 
 Pairs = Callable[[str], TinyPair]
 ROWS = DECODE_BATCH + 4
@@ -265,6 +267,21 @@ def test_a_server_that_is_not_there_is_found_out_before_dear_work(
     target = f"calibration.reasoning.targets={{endpoint: '{nobody()}', model: {NAME}}}"
     with pytest.raises(EndpointError, match=r"cannot be reached.*Start the server"):
         merged(pair, tmp_path / "store", tmp_path / "out", target)
+    assert not (tmp_path / "store" / "delta").exists()
+    # A plan is made before the server is started.
+    notices: list[str] = []
+    planned = make_plan(asked_for(pair, tmp_path / "store", target, notice=notices.append))
+    assert len(planned.stages) > 5 and "cannot be reached" in " ".join(notices)
+
+
+def test_a_server_that_takes_text_alone_is_refused_before_dear_work(
+    served: Served, pair: TinyPair, tmp_path: Path
+) -> None:
+    """As `transformers serve` answers to token ids (400), and to vLLM's fields (422)."""
+    for status in (400, 422):
+        served.instead = lambda _, status=status: Reply(status, {"detail": "Unexpected keys"})
+        with pytest.raises(EndpointError, match=f"{status}: Unexpected keys.*transformers serve"):
+            merged(pair, tmp_path / "store", tmp_path / "out", served.assignment())
     assert not (tmp_path / "store" / "delta").exists()
 
 

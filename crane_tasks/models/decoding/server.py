@@ -28,7 +28,7 @@ RETRIES = 6
 CONNECT_SECONDS = 10.0
 # A long thought on a busy server comes as one answer, with no sign of life before it.
 ANSWER_SECONDS = 3600.0
-CHECK_RETRIES, CHECK_SECONDS = 2, 30.0
+CHECK_RETRIES, CHECK_SECONDS = 2, 20.0
 NO_SUCH_ROUTE = (404, 405, 501)
 ANY_TOKEN = 1  # in every vocabulary
 NO_KEY = "EMPTY"  # servers without a key ignore it, and the client wants one
@@ -70,7 +70,7 @@ class Answer:
 def check_server(server: Endpoint) -> None:
     """The server is there and knows the model.
 
-    It is asked for its models; one that keeps no list, for a single token.
+    It is asked for its models, and for a single token behind a prompt of one.
 
     Raises:
         EndpointError: it is not, or it refuses.
@@ -144,7 +144,7 @@ async def _complete(
 
 
 async def _check(server: Endpoint) -> None:
-    from openai import APIError, APIStatusError
+    from openai import APIError, APIStatusError, APITimeoutError
 
     async with _client(server, CHECK_RETRIES, CHECK_SECONDS) as client:
         try:
@@ -155,13 +155,17 @@ async def _check(server: Endpoint) -> None:
             if not listless:
                 raise _refusal(server, error) from error
             names = []
-        if not names:
-            await _complete(client, server, [ANY_TOKEN], 1)
-        elif server.model not in names:
+        if names and server.model not in names:
             raise EndpointError(
                 f"{server.endpoint} serves no model {server.model}, but {', '.join(names)}. "
                 "Give one of these names as `model`, or start a server with yours."
             )
+    async with _client(server, 0 if names else CHECK_RETRIES, CHECK_SECONDS) as client:
+        try:  # whether it takes prompts as they go out
+            await _complete(client, server, [ANY_TOKEN], 1)
+        except EndpointError as error:
+            if not (names and isinstance(error.__cause__, APITimeoutError)):
+                raise  # one that has its model, and no time for us now, is only busy
 
 
 def _names(body: str) -> list[str]:
@@ -222,7 +226,8 @@ def _refusal(server: Endpoint, error: "APIError") -> EndpointError:
     elif error.status_code < 500 and error.status_code != 429:
         advice = (
             "The prompt goes out as token ids; the server needs room for `max_prompt_length` and "
-            "`max_new_tokens` together."
+            "`max_new_tokens` together. One that takes no token ids, or no fields beyond OpenAI's, "
+            "as `transformers serve`, cannot be used: vLLM, SGLang and llama.cpp can."
         )
     return EndpointError(f"{who}: answered {error.status_code}: {_said(error)}. {advice}")
 
