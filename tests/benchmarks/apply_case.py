@@ -60,7 +60,9 @@ def write_pair(config: dict[str, Any], folder: Path, device: str = "cpu") -> Non
 
 def context(folder: Path, device: str, alpha: float, output: Path) -> Context:
     """The surroundings of a merge whose checkpoints are taken to be known."""
-    needed = {"data": "unused.jsonl"}
+    needed = {"data": "rows.jsonl"}  # in the output's record; nothing is computed from it
+    row = {"messages": [{"role": "user", "content": "hi"}], "completion": "hello"}
+    (folder / "rows.jsonl").write_text(json.dumps(row) + "\n")
     recipe = recipe_from(
         {
             "name": "generated",
