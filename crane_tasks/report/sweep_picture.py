@@ -15,6 +15,8 @@ from crane_tasks.report.png import png
 NAMED = 12
 # Lines that have a colour and a legend of their own.
 LINES = 10
+LONGEST = 40  # characters of a line's name
+FURTHER = 4  # panels of further axes, at most
 # Losses that differ by so much would lie on one another on a linear axis.
 MANIFOLD = 10
 PERCENT = 100.0  # shares are shown in percent
@@ -39,7 +41,8 @@ def sweep_picture(
         panels.append(lambda axes: whole.traded(axes, across))
     for path in whole.further():
         panels.append(lambda axes, path=path: whole.along(axes, path))  # type: ignore[misc]
-    figure = Figure(figsize=(7.6, 4.2 * len(panels)), layout="constrained")
+    figure = Figure(figsize=(7.6, 4.2 * len(panels)))
+    figure.subplots_adjust(hspace=0.35)  # legends stand beside, whatever their width
     for axes, draw in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels, strict=True):
         draw(axes)
     return png(figure)
@@ -71,9 +74,11 @@ class _Sweep:
         return None
 
     def further(self) -> list[str]:
-        """Axes of the grid besides alpha and tau."""
-        named = {path: None for p in self.points for path in p.changes}
-        return [p for p in named if len({str(q.changes.get(p)) for q in self.points}) > 1]
+        """Axes of the grid besides alpha and tau; of a search's many those with few values."""
+        values: dict[str, set[str]] = {path: set() for p in self.points for path in p.changes}
+        for path, known in values.items():
+            known |= {str(p.changes.get(path)) for p in self.points}
+        return [path for path, known in values.items() if 1 < len(known) <= LINES][:FURTHER]
 
     def along_alpha(self, axes: Any) -> None:
         """The objective against alpha, a line for all that is alike but alpha."""
@@ -84,7 +89,7 @@ class _Sweep:
         for number, (name, own) in enumerate(groups.items()):
             own.sort(key=lambda i: self.points[i].alpha)
             colour = colormaps["viridis"](0.9 * number / max(1, len(groups) - 1))
-            label = name if len(groups) <= LINES else None
+            label = name[:LONGEST] if len(groups) <= LINES else None
             places = [self.points[i].alpha for i in own]
             axes.plot(places, [self.heights[i] for i in own], color=colour, lw=1.2, label=label)
             self._dots(axes, own, places, [colour] * len(own))
@@ -133,7 +138,7 @@ class _Sweep:
             axes.scatter(place, self.heights[i], 42, [face], edgecolor=colour, zorder=3)
             if i == self.choice.best:
                 axes.scatter(place, self.heights[i], 260, GOLD, marker="*", edgecolor="black",
-                             zorder=2.5, label=f"best: {self.points[i]}")  # fmt: skip
+                             zorder=2.5, label="best")  # fmt: skip
 
     def _bounds(self, axes: Any, other: str) -> None:
         for bound in self.requirements:

@@ -77,6 +77,7 @@ def own_site(tmp_path_factory: pytest.TempPathFactory, pairs: Pairs) -> Iterator
         yield site
 
 
+@pytest.mark.slow
 def test_a_schedule_that_was_switched_on_runs_its_own_grid(own_site: Site) -> None:
     site = own_site
     switch(site, "nightly", True)
@@ -91,6 +92,7 @@ def test_a_schedule_that_was_switched_on_runs_its_own_grid(own_site: Site) -> No
     assert len(points) == 2
 
 
+@pytest.mark.slow
 def test_what_is_on_stays_on_when_all_is_deployed_again(own_site: Site) -> None:
     site = own_site
     for name, on in (("nightly", True), ("sweep", True), ("other", False)):

@@ -35,6 +35,7 @@ def trials(folder: Path) -> int:
     return logs[0].read_text().count('"record"') if logs else 0
 
 
+@pytest.mark.slow
 def test_a_killed_search_goes_on_to_what_it_would_have_found(
     pair: TinyPair, tmp_path: Path
 ) -> None:

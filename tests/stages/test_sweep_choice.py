@@ -1,6 +1,7 @@
 """What is required of a point, which points no other beats, and which is the best."""
 
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -124,3 +125,19 @@ def test_a_report_of_points_that_failed_or_were_not_measured_can_be_made() -> No
     assert len(lines) == 4 and all(line.count(",") == lines[0].count(",") for line in lines)
     picture = sweep_picture(points, choice, [Requirement("tool_calls", ">=", 0.5)], {})
     assert picture.startswith(b"\x89PNG")
+
+
+def test_a_picture_of_a_search_with_many_fields_stays_of_a_size() -> None:
+    import io
+
+    from PIL import Image
+
+    def one(number: int) -> Point:
+        fields = range(12)
+        changes = {f"merge.field_{f}": f"{'value' * f}-{number % (f + 1)}" for f in fields}
+        point = at(0.1 * number, 1.0 / (1 + number), 1.0)
+        return replace(point, changes=changes)
+
+    points = [one(number) for number in range(40)]
+    whole = Image.open(io.BytesIO(sweep_picture(points, choose(points, []), [], {})))
+    assert whole.width < 1600 and whole.height < 3200

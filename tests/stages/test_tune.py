@@ -142,7 +142,10 @@ def test_the_same_seed_finds_the_same_and_another_one_does_not(
 
 
 @pytest.mark.usefixtures("warm")
-@pytest.mark.parametrize("place", [0, 1, BUDGET // 2])
+@pytest.mark.parametrize(
+    "place",
+    [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(BUDGET // 2, marks=pytest.mark.slow)],
+)
 def test_a_search_that_was_stopped_goes_on_as_if_it_had_not_been(
     place: int, found: Tuned, pair: TinyPair, tmp_path: Path
 ) -> None:
@@ -268,6 +271,7 @@ def test_a_folder_of_something_else_is_left_alone(pair: TinyPair, tmp_path: Path
     assert mine.read_text() == "mine"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("warm")
 def test_without_requirements_and_answers_the_least_loss_wins(
     pair: TinyPair, tmp_path: Path
