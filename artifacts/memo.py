@@ -1,10 +1,13 @@
 """Digests of files, remembered by path, size and modification time."""
 
+import errno
 import json
 import os
 from pathlib import Path
 
 from blake3 import blake3
+
+READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 class DigestMemo:
@@ -63,9 +66,14 @@ class DigestMemo:
             "mtime_ns": stat.st_mtime_ns,
             "digest": digest,
         }
-        self._file.parent.mkdir(parents=True, exist_ok=True)
-        with self._file.open("a") as stream:
-            stream.write(("\n" if self._torn else "") + json.dumps(record) + "\n")
+        try:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            with self._file.open("a") as stream:
+                stream.write(("\n" if self._torn else "") + json.dumps(record) + "\n")
+        except OSError as error:
+            if error.errno not in READ_ONLY:
+                raise
+            return  # a store that may only be looked at: this process remembers
         self._torn = False
 
 

@@ -81,6 +81,8 @@ class Store:
             raise UnusableStore(
                 f"{self.root}: cannot be used as a store: {marker.name}: {error}"
             ) from error
+        if not os.access(self.root, os.W_OK | os.X_OK):
+            raise UnusableStore(f"{self.root}: cannot be written to. Name another with --store.")
         found = written.get("format") if isinstance(written, dict) else written
         if found != FORMAT:
             raise UnusableStore(f"{self.root}: store format {found}, not {FORMAT}")

@@ -1,6 +1,7 @@
 """The command line: what it prints, how it ends, and what it refuses."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -584,3 +585,43 @@ def test_how_loud_it_is_may_be_said_anywhere(bench: Bench, tmp_path: Path) -> No
     assert re.search(r"scores: \d+ of \d+", loud.err)
     told = crane(tmp_path, "--version")
     assert told.code == 0 and re.fullmatch(r"crane \d+\.\d+\.\d+\n", told.out)
+
+
+# Root may write whatever the permissions say, unless it gives that up.
+AS_ANYONE = ["setpriv", "--bounding-set", "-dac_override,-dac_read_search",
+             "--inh-caps", "-dac_override"]  # fmt: skip
+
+
+@pytest.mark.skipif(os.geteuid() == 0 and not shutil.which("setpriv"), reason="root, no setpriv")
+def test_a_store_that_may_only_be_read_is_looked_at_and_not_written(
+    bench: Bench, tmp_path: Path
+) -> None:
+    store = tmp_path / "store"
+    shutil.copytree(bench.store, store)
+    (store / "identities.jsonl").unlink()
+    for folder, _, names in os.walk(store):
+        for path in (Path(folder), *(Path(folder) / name for name in names)):
+            path.chmod(path.stat().st_mode & ~0o222)
+    program = [Path(sys.executable).with_name("crane"), bench.pair.recipe_file]
+
+    def run(command: str, *more: object) -> subprocess.CompletedProcess[str]:
+        args = [
+            program[0],
+            command,
+            program[1],
+            "--store",
+            store,
+            "--output",
+            tmp_path / "o",
+            *more,
+        ]
+        prefix = AS_ANYONE if os.geteuid() == 0 else []
+        return subprocess.run([*prefix, *map(str, args)], capture_output=True, text=True)
+
+    plan = run("plan", "--json")
+    assert plan.returncode == 0, plan.stderr
+    told = {s["name"]: s["status"] for s in json.loads(plan.stdout)["stages"]}
+    assert told["scores"] == "reused"
+    merge = run("merge", "--alpha", "0.77")
+    assert merge.returncode == 2 and "store: cannot be written to" in merge.stderr
+    assert not (tmp_path / "o").exists()
