@@ -89,6 +89,7 @@ def test_two_workers_give_the_bits_of_one_process(
         wait_until(lambda s=stage: any(f": {s} 2 of " in n for n in unit_names()), stage)
 
 
+@pytest.mark.slow
 def test_points_of_a_sweep_are_measured_by_workers(
     moe_pair: TinyPair, server: None, tmp_path: Path
 ) -> None:

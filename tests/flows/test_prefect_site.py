@@ -167,6 +167,7 @@ def test_a_wrong_value_is_refused_by_the_form_or_at_once(site: Site, job: Job) -
     assert not job.store.exists()
 
 
+@pytest.mark.slow
 def test_two_runs_never_work_at_the_same_time_and_a_swept_point_is_not_computed_again(
     site: Site, job: Job
 ) -> None:

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pytest
 from conftest import TinyPair
 from crane_process import crane, script
 
@@ -23,6 +24,7 @@ def comparisons(store: Path) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 def test_racing_merges_never_store_each_others_evaluation(
     moe_pair: TinyPair, tmp_path: Path
 ) -> None:

@@ -85,6 +85,7 @@ def float32_bytes(checkpoint: Checkpoint) -> int:
     return 2 * sum(entry.nbytes for entry in checkpoint.entries.values())
 
 
+@pytest.mark.slow
 def test_peak_memory_does_not_grow_with_the_layers(
     depths: dict[int, Path], growths: dict[str, int]
 ) -> None:
@@ -96,6 +97,7 @@ def test_peak_memory_does_not_grow_with_the_layers(
     assert growths["0"] < more / 16
 
 
+@pytest.mark.slow
 def test_beyond_that_it_grows_by_the_boundaries_alone(
     depths: dict[int, Path], growths: dict[str, int]
 ) -> None:

@@ -64,7 +64,11 @@ CASES = [
     ("qwen3_next", "all"),
     # Of the other architectures those that differ most: a bare decoder, norms on both sides
     # of each half, and dense beside sparse layers with a buffer that is stored.
-    *((name, sites) for name in ("llama", "gemma3_text", "glm4_moe") for sites in SITES),
+    *(
+        pytest.param(name, sites, marks=[pytest.mark.slow] if sites == "published" else [])
+        for name in ("llama", "gemma3_text", "glm4_moe")
+        for sites in SITES
+    ),
 ]
 ROWS = "{'<think>': 0.8, '</think>': 0.8}"
 

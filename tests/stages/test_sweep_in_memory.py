@@ -117,7 +117,9 @@ def test_the_tensors_laid_over_are_those_that_are_written(
         assert list(found) == list(range(len(editor.base.pieces[name])))
 
 
-@pytest.mark.parametrize("architecture", ["qwen3", "qwen3_moe"])
+@pytest.mark.parametrize(
+    "architecture", [pytest.param("qwen3", marks=pytest.mark.slow), "qwen3_moe"]
+)
 def test_a_base_that_is_streamed_measures_the_same(
     architecture: str, pairs: Pairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

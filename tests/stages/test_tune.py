@@ -128,6 +128,7 @@ def test_the_rivals_are_plain_methods_at_their_best_alpha(found: Tuned) -> None:
     assert found.unseen.keys() == {"base", "donor", "best", "linear", "task_arithmetic"}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("warm")
 def test_the_same_seed_finds_the_same_and_another_one_does_not(
     found: Tuned, pair: TinyPair, tmp_path: Path
