@@ -72,6 +72,11 @@ class Merge(Section):
         "and any other base's own dtypes",
     )
 
+    @property
+    def in_fp8(self) -> bool:
+        """Whether weights that the base has in FP8 are written so."""
+        return self.output_dtype == "fp8"
+
     @field_validator("method")
     @classmethod
     def _known(cls, value: str) -> str:

@@ -13,7 +13,7 @@ def pair_notes(ctx: Context) -> list[str]:
         *_config_notes(ctx),
         *_row_notes(pair),
         *_head_notes(pair),
-        *_packed_notes(pair, ctx.recipe.merge.output_dtype),
+        *_packed_notes(pair, in_fp8=ctx.recipe.merge.in_fp8),
         *_wrapper_notes(pair.base),
     ]
 
@@ -59,14 +59,14 @@ def _head_notes(pair: Pair) -> list[str]:
     ]
 
 
-def _packed_notes(pair: Pair, output_dtype: str | None) -> list[str]:
+def _packed_notes(pair: Pair, *, in_fp8: bool) -> list[str]:
     sides = {"base": pair.base.packed, "donor": pair.donor.packed}
     read = [f"the {name}'s weights are stored in FP8 and read as bfloat16" for name in sides]
     told = "; ".join(text for text, packed in zip(read, sides.values(), strict=True) if packed)
     if not told:
         return []
     written = ", and so the merge is written" if pair.base.packed else ""
-    if pair.base.packed and output_dtype == "fp8":
+    if pair.base.packed and in_fp8:
         written = "; the merge is written in FP8, blocks that it changed with scales of their own"
     return [f"Quantisation: {told}{written}."]
 

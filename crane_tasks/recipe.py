@@ -207,11 +207,15 @@ class Recipe(Section):
         candidates = [path] if path.is_absolute() else [f / path for f in self._folders]
         return next((c.resolve() for c in candidates if c.exists()), None)
 
-    def published(self) -> dict[str, Any]:
-        """What was set, without what tells of a machine: `run`, and where a server is."""
+    def published(self, *, defaults: bool = False) -> dict[str, Any]:
+        """What was set, without what tells of a machine: `run`, and where a server is.
+
+        Args:
+            defaults: also what was not set.
+        """
         place = {"targets": {"endpoint"}}
         hidden: Any = {"run": True, "calibration": {"reasoning": place, "agent": place}}
-        return self.model_dump(mode="json", exclude=hidden, exclude_unset=True)
+        return self.model_dump(mode="json", exclude=hidden, exclude_unset=not defaults)
 
     def place(self, value: str) -> Path:
         """A path to be made: relative ones lie beside the recipe."""

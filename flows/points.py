@@ -91,7 +91,7 @@ def open_points(grid: Iterable[Spot], session: Session, contexts: list[Context])
         if ctx is None:
             ctx = open_context(replace(session, recipe=spot.recipe))
             contexts.append(ctx)
-        if spot.recipe.merge.output_dtype is not None:
+        if spot.recipe.merge.in_fp8:
             raise RecipeError(
                 "merge.output_dtype: points are measured in memory, before FP8 rounds them. Leave "
                 "it out here, and merge the chosen point with it."

@@ -42,7 +42,7 @@ def fill_folder(
     for stale in folder.glob("*.safetensors*"):
         if stale.name not in wanted:
             stale.unlink()
-    fp8 = ctx.recipe.merge.output_dtype == "fp8"
+    fp8 = ctx.recipe.merge.in_fp8
     write_index(base, plan, folder, fp8=fp8)
     side_files = copy_side_files(base, folder, fp8=fp8)
     sets = ctx.recipe.calibration
@@ -100,7 +100,7 @@ def _facts(ctx: Context) -> CardFacts:
         base=published_name(ctx.recipe, ctx.recipe.base),
         donor=published_name(ctx.recipe, ctx.recipe.donor),
         notes=pair_notes(ctx),
-        packed=base.packed and ctx.recipe.merge.output_dtype is None,
+        packed=base.packed and not ctx.recipe.merge.in_fp8,
         wrapper=base.wrapper,
         base_folder=ctx.base,
         config=base.config,

@@ -47,9 +47,7 @@ def _of_machine(value: str) -> bool:
 def _changed(
     ctx: Context, side: Callable[[str, Path], str], rows: Callable[[str], str]
 ) -> dict[str, Any]:
-    place = {"targets": {"endpoint"}}
-    hidden: Any = {"run": True, "calibration": {"reasoning": place, "agent": place}}
-    data: dict[str, Any] = ctx.recipe.model_dump(mode="json", exclude=hidden)
+    data = ctx.recipe.published(defaults=True)
     data["base"], data["donor"] = side(data["base"], ctx.base), side(data["donor"], ctx.donor)
     sets = [(data["calibration"][name], "data") for name in ("reasoning", "agent", "format")]
     for section, field in [*sets, (data["evaluate"], "reasoning"), (data["evaluate"], "agent")]:

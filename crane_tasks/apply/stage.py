@@ -108,7 +108,7 @@ def check_output_dtype(ctx: Context) -> None:
     Raises:
         RecipeError: `merge.output_dtype: fp8`, and the base is not stored so.
     """
-    if ctx.recipe.merge.output_dtype == "fp8" and not ctx.pair().base.packed:
+    if ctx.recipe.merge.in_fp8 and not ctx.pair().base.packed:
         raise RecipeError(
             "merge.output_dtype: the base is not stored in FP8, so it has no blocks to write in. "
             "Name an FP8 base, or quantise the merge afterwards."
@@ -221,7 +221,7 @@ def _write_file(
     editor, pipeline = ready_editor(ctx, keys)
     target = folder / shard.file
     part = target.with_name(target.name + ".part")
-    fp8 = ctx.recipe.merge.output_dtype == "fp8"
+    fp8 = ctx.recipe.merge.in_fp8
     tensors = announced(shard.entries, fp8=fp8)
     sums: dict[tuple[str, int], list[float]] = {}
     parts = (p for entry in shard.entries for p in parts_of_entry(editor, entry))
@@ -242,7 +242,7 @@ def _write_file(
 
 def _needs(ctx: Context, keys: Keys) -> Needs:
     sizes = sizes_of(ctx)
-    fp8 = ctx.recipe.merge.output_dtype == "fp8"
+    fp8 = ctx.recipe.merge.in_fp8
     done = _complete(ctx, keys) and ctx.store.has(keys[APPLY])
     written = 0 if done else written_bytes(ctx.pair().base, fp8=fp8)
     return Needs(

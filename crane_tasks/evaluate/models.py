@@ -104,9 +104,7 @@ def base_and_donor(ctx: Context) -> dict[str, Model]:
 def written_merge(ctx: Context, apply: Artifact) -> Model:
     """What `apply` has written, by its own record of the files and not by what lies there."""
     weights = (record["digest"] for record in apply.meta["files"].values())
-    config = blake3(
-        output_config(ctx.pair().base, fp8=ctx.recipe.merge.output_dtype == "fp8")
-    ).hexdigest()
+    config = blake3(output_config(ctx.pair().base, fp8=ctx.recipe.merge.in_fp8)).hexdigest()
     checkpoint = checkpoint_of(weights, config)
     identity = behaviour_of(checkpoint, ctx.stops["base"])
     return Model(identity, ctx.output, identity)
