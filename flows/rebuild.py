@@ -1,7 +1,7 @@
 """Make a published merge again from what it says of itself, and compare every file."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata, resources
 from pathlib import Path
@@ -53,13 +53,13 @@ class Published:
     Attributes:
         what: its folder or id.
         record: what crane.json says.
-        digests: of every file that is compared.
+        digests: of every file that is compared; of a folder's they are taken only when asked for.
         folders: where its calibration rows may lie.
     """
 
     what: str
     record: Mapping[str, Any]
-    digests: Mapping[str, Digest]
+    digests: Callable[[], Mapping[str, Digest]]
     folders: tuple[Path, ...] = ()
 
 
@@ -71,11 +71,8 @@ def find_published(source: str) -> Published:
     """
     folder = user_path(source)
     if folder.is_dir():
-        names = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]
-        digests = {
-            n: ("sha256", digest_of_file(folder / n, "sha256")) for n in names if _is_compared(n)
-        }
-        return Published(source, _record(folder, source), digests, (folder.absolute(),))
+        place = folder.absolute()
+        return Published(source, _record(place, source), lambda: _digests(place), (place,))
     if source.partition("@")[0].count("/") != 1:
         raise CheckpointError(f"{source}: no such folder, and not a hub id (owner/name)")
     from huggingface_hub import HfApi, snapshot_download
@@ -89,7 +86,12 @@ def find_published(source: str) -> Published:
         for s in info.siblings or []
         if _is_compared(s.rfilename)
     }
-    return Published(source, _record(place, source), on_hub)
+    return Published(source, _record(place, source), lambda: on_hub)
+
+
+def _digests(folder: Path) -> dict[str, Digest]:
+    names = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]
+    return {n: ("sha256", digest_of_file(folder / n, "sha256")) for n in names if _is_compared(n)}
 
 
 def _record(folder: Path, source: str) -> dict[str, Any]:
@@ -186,7 +188,7 @@ def rebuild(
 
     with naming_full_disk(store.root, ctx.output):
         healing(session, work)
-    return Rebuilt(source, ctx.output, _compared(published.digests, ctx.output), notes)
+    return Rebuilt(source, ctx.output, _compared(published.digests(), ctx.output), notes)
 
 
 def _recipe(published: Published, places: Places) -> Recipe:
