@@ -230,3 +230,39 @@ def test_a_part_of_the_rows_is_the_file_of_these_rows(
     ):
         with pytest.raises(RecipeError, match=told):
             rows(f"{{path: format.jsonl, {wrong}}}")
+
+
+def test_a_datasets_subset_and_split_are_those_that_are_asked_for(
+    pairs: Callable[[str], TinyPair], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`datasets` takes a folder called as an id where the hub's cache would be asked."""
+    pair = pairs("qwen3")
+    place = tmp_path / "me" / "rows"
+    place.mkdir(parents=True)
+    configs = []
+    for subset in ("code", "prose"):
+        files = []
+        for split, count in (("train", 4), ("test", 3)):
+            rows = [
+                {"messages": [USER], "completion": f"{subset} {split} {i}"} for i in range(count)
+            ]
+            file = place / f"{subset}_{split}.jsonl"
+            file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            files.append(f"  - split: {split}\n    path: {file.name}\n")
+        configs.append(f"- config_name: {subset}\n  data_files:\n{''.join(files)}")
+    (place / "README.md").write_text(f"---\nconfigs:\n{''.join(configs)}---\n")
+
+    def said(more: str) -> list[str | None]:
+        recipe = pair.recipe(f"calibration.format.data={{path: me/rows, {more}}}")
+        with monkeypatch.context() as here:
+            here.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+            here.chdir(tmp_path)
+            return [
+                row.completion for row in load_rows(recipe, recipe.calibration.format.data).rows
+            ]
+
+    assert said("subset: code") == [f"code train {i}" for i in range(4)]
+    assert said("subset: prose, split: test") == [f"prose test {i}" for i in range(3)]
+    assert said("subset: code, split: 'test[1:]', limit: 1") == ["code test 1"]
+    with pytest.raises(DataError, match=r"me/rows \(subset poems\): .*did not give it"):
+        said("subset: poems")
