@@ -11,10 +11,11 @@ from artifacts.store import Store
 from crane_tasks.apply.folder import device_name
 from crane_tasks.apply.output import PROVENANCE, provenance
 from crane_tasks.apply.stage import APPLY, check_destination
-from crane_tasks.errors import CheckpointError, DataError
+from crane_tasks.errors import CheckpointError, DataError, RecipeError
 from crane_tasks.hub import hub_errors
 from crane_tasks.method import Call, build_before, in_this_process, keys_of, made_from
 from crane_tasks.models.files.folder import INDEX, is_side_file
+from crane_tasks.places import output_folder
 from crane_tasks.recipe import Recipe
 from crane_tasks.recipe_file import recipe_from
 from crane_tasks.rows import load_rows
@@ -165,10 +166,17 @@ def rebuild(
     Raises:
         CheckpointError: it says not enough of itself, or a side is not to be had.
         DataError: the calibration rows are not here, or are others.
+        RecipeError: the output is the published folder.
     """
     published = find_published(source)
     recipe = _recipe(published, places)
-    store = Store(user_path(places.store or "crane-store").absolute())
+    output = output_folder(recipe).resolve()
+    if any(output == folder.resolve() for folder in published.folders):
+        raise RecipeError(
+            f"{output}: is the published merge itself; give the rebuilt one another folder with "
+            "--output"
+        )
+    store = Store(user_path(places.store or "crane-store").absolute(), recipe.name)
     session = Session(recipe, store, **heard)
     _check_rows(recipe, published.record["rows"])
     store.prepare()

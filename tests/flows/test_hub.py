@@ -16,7 +16,7 @@ from crane_process import Ended, Server
 from hub_site import COMMIT, Hub, serving
 from safetensors.torch import load_file, save_file
 
-from crane_tasks.errors import BadInput, CheckpointError, OutputError
+from crane_tasks.errors import BadInput, CheckpointError, OutputError, RecipeError
 from crane_tasks.identity import name_in_cache
 from flows.publish import check_repo, parcel_of, upload
 from flows.rebuild import Places, rebuild
@@ -246,6 +246,9 @@ def test_a_rebuild_says_what_is_missing_before_any_work(published: Desk, tmp_pat
     calibration["agent"] = {**calibration["agent"], "data": "own.jsonl"}
     gone = told(recipe={**record["recipe"], "calibration": calibration})
     assert "own.jsonl" in gone and "--data" in gone
+    (copy / "crane.json").write_text(json.dumps(record))
+    with pytest.raises(RecipeError, match="is the published merge itself"):
+        rebuild(str(copy), Places(store=store, output=tmp_path / "x" / ".." / "merge"))
     (copy / "crane.json").unlink()
     with pytest.raises(CheckpointError, match=r"no crane\.json"):
         rebuild(str(copy), Places(store=store))
