@@ -27,9 +27,10 @@ def listing(store: Store) -> list[dict[str, Any]]:
         record = {"stage": path.parent.name, "key": path.name, "bytes": size_of(path)}
         try:
             manifest = store.open_path(path).manifest
-            record |= {"created": manifest["created"], "version": manifest["version"]}
+            record |= {name: manifest[name] for name in ("created", "version")}
+            record["made_for"] = manifest.get("made_for", "")  # earlier artifacts have no such note
         except (DamagedArtifact, KeyError):
-            record |= {"created": None, "version": None}
+            record |= {"created": None, "version": None, "made_for": ""}
         record["used"] = (path / MANIFEST).stat().st_mtime
         records.append(record)
     return sorted(records, key=lambda r: (r["stage"], r["created"] or ""))

@@ -58,10 +58,16 @@ def quiet(text: str) -> None:
 
 
 class Store:
-    """A folder of artifacts. Many processes may use it at once."""
+    """A folder of artifacts. Many processes may use it at once.
 
-    def __init__(self, root: Path) -> None:
+    Attributes:
+        made_for: the recipe that what is made here is noted to be made for. It is in no key:
+            another recipe may use it as well.
+    """
+
+    def __init__(self, root: Path, made_for: str = "") -> None:
         self.root = root
+        self.made_for = made_for
 
     def prepare(self) -> None:
         """Create the store's folder.
@@ -178,6 +184,7 @@ class Store:
             **ref.identity(),
             "key": ref.key,
             "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "made_for": self.made_for,
             "meta": draft.meta,
             "units": {
                 name: {"arrays": record["arrays"], "meta": record["meta"]}

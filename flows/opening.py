@@ -70,4 +70,4 @@ def open_session(
         overrides={"alpha": alpha, "tau": tau},
     )
     place = recipe.place(recipe.run.store) if recipe.run.store else Path(DEFAULT_STORE)
-    return Session(recipe, Store(place.absolute()), **heard)
+    return Session(recipe, Store(place.absolute(), recipe.name), **heard)

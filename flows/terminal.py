@@ -200,9 +200,11 @@ class Terminal:
     def listing(self, records: list[dict[str, Any]]) -> None:
         """The artifacts of a store."""
         rows = [
-            [r["stage"], r["key"], human(r["bytes"]), r["created"] or "damaged"] for r in records
+            [r["stage"], r["key"], human(r["bytes"]), r["created"] or "damaged", r["made_for"]]
+            for r in records
         ]
-        self._table("Artifacts", (["stage", "key", "size", "created"], rows))
+        self._table("Artifacts", (["stage", "key", "size", "created", "made for"], rows))
+        self.out.print(f"{len(records)} artifacts, {human(sum(r['bytes'] for r in records))}.")
 
     def described(self, record: dict[str, Any]) -> None:
         """One artifact."""
@@ -228,7 +230,7 @@ class Terminal:
         head, rows = cells
         table = Table(title=title, title_justify="left")
         for index, name in enumerate(head):
-            text = index == 0 or name in ("why", "would be", "key", "created")
+            text = index == 0 or name in ("why", "would be", "key", "created", "made for")
             table.add_column(name, justify="left" if text else "right")
         for row in rows:
             table.add_row(*row)
