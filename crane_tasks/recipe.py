@@ -178,6 +178,9 @@ class Run(Section):
         description="as a Prefect flow: processes here that share the work, or the address of a "
         "Dask scheduler (tcp://host:8786) whose workers share the store",
     )
+    tracker: Literal["trackio", "wandb", "mlflow"] | None = Field(
+        default=None, description="told of every point that a sweep or a search measures"
+    )
 
 
 class Recipe(Section):

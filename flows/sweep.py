@@ -4,14 +4,14 @@ The stages before `apply` run once, the base is loaded once; each point lays its
 it, is measured and kept in the store. Only the winner is materialised, and only if asked.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from artifacts.errors import DamagedArtifact
 from artifacts.store import Built
 from crane_tasks.errors import RecipeError
-from crane_tasks.evaluate.choice import read_requirement
+from crane_tasks.evaluate.choice import Point, read_requirement
 from crane_tasks.evaluate.point import LOADED, POINT
 from crane_tasks.method import Call, in_this_process
 from crane_tasks.places import sweep_folder
@@ -31,6 +31,7 @@ from flows.points import (
     open_points,
 )
 from flows.sweep_result import Sweep
+from flows.trackers import tracker_of
 
 WRITE = ("best",)
 
@@ -72,13 +73,14 @@ def sweep(
     grid = spots(recipe, alphas or [recipe.alpha], taus or [recipe.tau], fields, place)
     for spot in grid:
         check_metrics(spot.recipe, spot.name, requirements, best=write is not None)
+    tell = tracker_of(session)
     session.store.prepare()
     candidates = open_points(grid, session, [opened] if opened else [])
     check_points(candidates, place, best=write is not None)
     result = Sweep(recipe, place, requirements, len(candidates))
     try:
         with naming_full_disk(session.store.root, place):
-            _measure_all(result, candidates, call)
+            _measure_all(result, candidates, call, tell)
     finally:
         session.kept.let_go(LOADED)
     best = result.choice.best
@@ -90,7 +92,9 @@ def sweep(
     return result
 
 
-def _measure_all(result: Sweep, candidates: Sequence[Candidate], call: Call) -> None:
+def _measure_all(
+    result: Sweep, candidates: Sequence[Candidate], call: Call, tell: Callable[[Point], None]
+) -> None:
     """Every point in turn; the report is written after each that was not there before."""
     faults = build_inputs(candidates, call)
     sent = [c for c in candidates if c.inputs not in faults and not c.evaluated]
@@ -103,6 +107,7 @@ def _measure_all(result: Sweep, candidates: Sequence[Candidate], call: Call) -> 
         else:
             point = measured(result.models, one, call, outcome)
         result.points.append(point)
+        tell(point)
         if point.status != "reused":
             result.write()
     candidates[0].ctx.progress("points", len(candidates), len(candidates), "points")

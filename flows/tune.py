@@ -5,7 +5,7 @@ that cannot become the best gets no answers. The search sees the first half of t
 rows; what it found is compared with plain methods on the rest.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +28,7 @@ from flows.rivals import find_rivals, on_other_rows
 from flows.space import Space
 from flows.split import Split, halves_of, split_heldout
 from flows.study import Study, open_study
+from flows.trackers import tracker_of
 from flows.tune_result import Trials, Tuned, check_result_folder, write_best
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ def tune(
     if seed < 0:
         raise RecipeError(f"--seed {seed}: 0 or more")
     _check_measured(recipe, requirements)
+    tell = tracker_of(session)
     halves = halves_of(recipe)
     place = (folder or sweep_folder(recipe, "tune")).resolve()
     session.store.prepare()
@@ -72,7 +74,7 @@ def tune(
     check_result_folder(place)
     with naming_full_disk(session.store.root, place):
         split = split_heldout(recipe, halves, place)
-        search = Search(session, split, requirements, Bench(session, place, call))
+        search = Search(session, split, requirements, Bench(session, place, call), tell)
         try:
             return search.run(budget, seed)
         finally:
@@ -97,9 +99,15 @@ class Search:
     """A search on the rows that it may see."""
 
     def __init__(
-        self, session: Session, split: Split, requirements: list[Requirement], bench: Bench
+        self,
+        session: Session,
+        split: Split,
+        requirements: list[Requirement],
+        bench: Bench,
+        tell: Callable[[Point], None],
     ) -> None:
         self.session, self.split, self.requirements = session, split, requirements
+        self.tell = tell
         self.bench, self.recipe = bench, split.seen
         own = bench.spot(self.recipe, (self.recipe.alpha, self.recipe.tau, {}), "own")
         self.own = open_points([own], session, bench.contexts)[0]
@@ -162,6 +170,7 @@ class Search:
         study.note("models", self.bench.models)
         study.tell(trial, None if cut else value, self._gaps(point), record)
         trials.points.append(point)
+        self.tell(point)
         if pruned:
             result.reasons[place] = pruned
         trials.write()

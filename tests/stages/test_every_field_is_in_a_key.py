@@ -89,6 +89,7 @@ OTHERS: dict[str, Any] = {
     "run.state_memory": 1000000,
     "run.threads": 1,
     "run.workers": 2,
+    "run.tracker": "trackio",
 }
 
 
