@@ -271,6 +271,10 @@ def tune(
 def evaluate(
     checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Checkpoint folder.")],
     recipe: Annotated[str, typer.Option("--recipe", metavar="RECIPE", help="Whose held-out rows.")],
+    rows: Annotated[
+        Path | None,
+        typer.Option("--rows", metavar="FILE.jsonl", help="Write every row's graded answers."),
+    ] = None,
     assignments: SetOption = [],  # noqa: B006
     store: StoreOption = None,
     as_json: JsonOption = False,
@@ -279,9 +283,11 @@ def evaluate(
     """Compare any checkpoint with the recipe's base and donor."""
 
     def work(view: "Terminal") -> None:
+        from crane_tasks.user_paths import user_path
         from flows.evaluate import evaluate as run
 
-        compared = run(_session(view, recipe, assignments, store), checkpoint)
+        file = user_path(rows) if rows else None
+        compared = run(_session(view, recipe, assignments, store), checkpoint, rows=file)
         if as_json:
             print_json(compared)
         else:

@@ -8,12 +8,18 @@ from artifacts.store import Built, write_atomically
 from crane_tasks.apply.card import with_results
 from crane_tasks.apply.forecast import predicted_changes
 from crane_tasks.apply.output import held, provenance
-from crane_tasks.apply.stage import APPLY, check_destination, read_edit
+from crane_tasks.apply.results import per_component, read_edit
+from crane_tasks.apply.stage import APPLY, check_destination
 from crane_tasks.calibration.targets import retokenised
 from crane_tasks.delta import DELTA
 from crane_tasks.errors import RecipeError
 from crane_tasks.evaluate.measure import measured_sets
-from crane_tasks.evaluate.stage import EVALUATE, gate_check, read_comparison
+from crane_tasks.evaluate.stage import (
+    EVALUATE,
+    answered_by_merge,
+    gate_check,
+    read_comparison,
+)
 from crane_tasks.method import Call, build, build_before, in_this_process, keys_of, stages_of
 from crane_tasks.models.files.folder import CARD
 from crane_tasks.places import report_folder
@@ -111,7 +117,7 @@ def _collect(merged: Merged) -> None:
     """Read the results back."""
     ctx, keys = merged.ctx, merged.keys
     store = ctx.store
-    edit = read_edit(store.open(keys[APPLY]))
+    edit = per_component(read_edit(store.open(keys[APPLY])))
     merged.scores = scores_of(ctx, keys) if SCORES in keys else None
     merged.edit = {
         component: {"survived": sums.survived, "cosine": sums.cosine}
@@ -165,6 +171,7 @@ def _report(merged: Merged) -> None:
         carried=ctx.pair().base.carried,
         targets=target_sets(ctx, keys),
         retokenised=retokenised(ctx, measured_sets(ctx, keys)),
+        answered=answered_by_merge(ctx, keys),
     )
     merged.report = write_report(whole, report_folder(ctx.output))
 

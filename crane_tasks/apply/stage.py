@@ -4,7 +4,6 @@ The artifact holds what the output is (files and digests) and what became of the
 weights themselves lie in the output folder.
 """
 
-from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import astuple, fields
 from itertools import accumulate
@@ -14,8 +13,8 @@ from typing import Any
 from artifacts.memo import DigestMemo
 from artifacts.ref import digest_of
 from artifacts.schema import Schema
-from artifacts.store import Artifact, Draft, Unit
-from artifacts.tables import read_table, write_table
+from artifacts.store import Draft, Unit
+from artifacts.tables import write_table
 from crane_tasks.apply.editor import Editor, make_editor
 from crane_tasks.apply.folder import fill_folder
 from crane_tasks.apply.forecast import FORECAST
@@ -297,12 +296,3 @@ def _rows(
         )
         rows.append((slot.tensor_name(expert), slot.component, astuple(whole)))
     return rows
-
-
-def read_edit(artifact: Artifact) -> dict[str, EditSums]:
-    """What became of the edit: per component its sums, over all shards."""
-    components: dict[str, EditSums] = defaultdict(EditSums)
-    for unit in artifact.meta["units"]:
-        for _, component, sums in read_table(artifact, unit, "tensors").rows(EditSums):
-            components[component] = components[component] + sums
-    return dict(components)

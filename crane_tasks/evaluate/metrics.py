@@ -36,10 +36,14 @@ class Answers:
     unended: frozenset[int] = frozenset()
     syntax: Syntax = HERMES
 
-    def share(self, right: Callable[[str, str], bool]) -> float:
-        """The share of answers that ended and are right beside their target."""
+    def each(self, right: Callable[[str, str], bool]) -> list[bool]:
+        """Which of the answers ended and are right beside their target."""
         pairs = enumerate(zip(self.texts, self.targets, strict=True))
-        return share(n not in self.unended and right(*pair) for n, pair in pairs)
+        return [n not in self.unended and right(*pair) for n, pair in pairs]
+
+    def share(self, right: Callable[[str, str], bool]) -> float:
+        """The share of such answers."""
+        return share(self.each(right))
 
 
 @dataclass(frozen=True)
@@ -109,16 +113,22 @@ def _well_formed(m: Measured) -> float:
     return answers.share(lambda text, target: answers.syntax.read(text) is not None)
 
 
-def _exact(m: Measured) -> float:
-    answers, read = m.answers["agent"], m.answers["agent"].syntax.read
-    return answers.share(
+def _each_exact(answers: Answers) -> list[bool]:
+    read = answers.syntax.read
+    return answers.each(
         lambda text, target: (calls := read(text)) is not None and calls == read(target)
     )
 
 
-def _right(m: Measured) -> float:
-    right = m.answers["reasoning"].share
-    return right(lambda text, target: final_answer(text) == final_answer(target))
+def _each_right(answers: Answers) -> list[bool]:
+    return answers.each(lambda text, target: final_answer(text) == final_answer(target))
+
+
+# What makes an answer right, by held-out set.
+RIGHT: Mapping[str, Callable[[Answers], list[bool]]] = {
+    "reasoning": _each_right,
+    "agent": _each_exact,
+}
 
 
 def _length(m: Measured) -> float:
@@ -147,13 +157,13 @@ METRICS: tuple[Metric, ...] = (
     ),
     Metric(
         "exact_tool_calls", "exact calls", SHARE, HIGHER, ("agent", "answers"),
-        _exact,
+        lambda m: share(_each_exact(m.answers["agent"])),
         "answers that ended and whose calls are the target's",
         version=2,
     ),
     Metric(
         "right_answers", "right answers", SHARE, HIGHER, ("reasoning", "answers"),
-        _right,
+        lambda m: share(_each_right(m.answers["reasoning"])),
         "answers that ended and in which what follows `</think>` equals the target's",
         version=2,
     ),

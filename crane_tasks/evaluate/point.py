@@ -73,7 +73,7 @@ def _lay_over(ctx: Context, keys: Keys, base: Model, draft: Draft) -> None:
     overlay = partial(merged_rows, editor, Pipeline(editor))
     with stream.edited(overlay):
         merged = Model(keys[APPLY].key, ctx.base, base.content, overlay, stream)
-        write_comparison(ctx, keys, {"merged": merged}, draft)
+        write_comparison(ctx, keys, {**base_and_donor(ctx), "merged": merged}, draft)
 
 
 def loaded_as(ctx: Context) -> tuple[str, ...]:

@@ -1,6 +1,7 @@
 """Stage `evaluate`: what base, donor and merge do on held-out rows, side by side."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,11 @@ from torch import Tensor
 from artifacts.memo import DigestMemo
 from artifacts.ref import digest_of
 from artifacts.schema import Schema
-from artifacts.store import Artifact, Built, Draft
+from artifacts.store import Artifact, Draft
 from crane_tasks.apply.stage import APPLY
-from crane_tasks.calibration.sets import TokenSet, read_set
+from crane_tasks.calibration.sets import read_set
 from crane_tasks.calls import HERMES, SYNTAXES
-from crane_tasks.ends import ends_of, without_end
 from crane_tasks.errors import RecipeError
-from crane_tasks.evaluate.answers import answer_text
 from crane_tasks.evaluate.measure import (
     FIELDS,
     HELDOUT,
@@ -31,12 +30,11 @@ from crane_tasks.evaluate.measure import (
     read_answers,
     unmeasured,
 )
-from crane_tasks.evaluate.metrics import METRICS, Answers, Measured, metrics_of, table_identity
+from crane_tasks.evaluate.metrics import METRICS, Measured, metrics_of, table_identity
 from crane_tasks.evaluate.models import Model, base_and_donor, written_merge
+from crane_tasks.evaluate.rows import Row, answered_rows, answers_of
 from crane_tasks.identity import behaviour_identity
-from crane_tasks.models.files.tokenizer import load_tokenizer
 from crane_tasks.models.walk.skeleton import generation_config
-from crane_tasks.rendering import opens_thinking
 from crane_tasks.session import Context
 from crane_tasks.sizes import sizes_of
 from crane_tasks.stage import BASE, DONOR, TOKENIZER, Keys, Needs, Stage
@@ -50,20 +48,33 @@ def write_evaluate(ctx: Context, keys: Keys, draft: Draft) -> None:
     Raises:
         CheckpointError: the folder does not hold what `apply` wrote, or not any more.
     """
-    merged = written_merge(ctx, ctx.store.open(keys[APPLY]))
-    write_comparison(ctx, keys, {"merged": merged}, draft)
+    write_comparison(ctx, keys, compared(ctx, keys), draft)
 
 
-def write_comparison(ctx: Context, keys: Keys, others: Mapping[str, Model], draft: Draft) -> None:
+def compared(ctx: Context, keys: Keys) -> dict[str, Model]:
+    """What a merge is compared with, and itself as `apply` has written it."""
+    return {**base_and_donor(ctx), "merged": written_merge(ctx, ctx.store.open(keys[APPLY]))}
+
+
+def answered_by_merge(ctx: Context, keys: Keys) -> list[Row]:
+    """The held-out rows with the answers of base, donor and the merge, however it was measured."""
+    models = compared(ctx, keys)
+    if not ctx.store.has(measure_ref(ctx, keys, models["merged"])):
+        # It was measured as a sweep's point, before it was written.
+        models["merged"] = replace(models["merged"], identity=keys[APPLY].key)
+    return list(answered_rows(ctx, keys, models))
+
+
+def write_comparison(ctx: Context, keys: Keys, models: Mapping[str, Model], draft: Draft) -> None:
     """Measure base, donor and others; their metrics as an array [model, metric] (NaN: not
     measured) and as metadata."""
     build_heldout(ctx, keys)
-    result = compare(ctx, keys, {**base_and_donor(ctx), **others})
-    models: dict[str, dict[str, float]] = result["models"]
+    result = compare(ctx, keys, models)
+    found: dict[str, dict[str, float]] = result["models"]
     names = [m.name for m in METRICS]
-    rows = [[values.get(name, float("nan")) for name in names] for values in models.values()]
+    rows = [[values.get(name, float("nan")) for name in names] for values in found.values()]
     with draft.unit("comparison") as unit:
-        attributes = {"models": list(models), "metrics": names}
+        attributes = {"models": list(found), "metrics": names}
         unit.write("metrics", torch.tensor(rows, dtype=torch.float64), attributes=attributes)
         unit.meta |= result
 
@@ -141,7 +152,7 @@ def compare(ctx: Context, keys: Keys, models: Mapping[str, Model]) -> dict[str, 
         name: Measured(
             {n: mean_loss(artifact, n) for n in heldout},
             {
-                n: _answers(ctx, read_answers(artifact, n), wanted)
+                n: answers_of(ctx, read_answers(artifact, n), wanted)
                 for n, wanted in heldout.items()
                 if recipe.evaluate.generate
             },
@@ -176,28 +187,6 @@ def _measure_elsewhere(ctx: Context, keys: Keys, models: Mapping[str, Model]) ->
 
 def _measure(ctx: Context, keys: Keys, model: Model) -> None:
     measured(ctx, keys, model)
-
-
-def _answers(ctx: Context, answers: list[list[int]], wanted: TokenSet) -> Answers:
-    tokenizer = load_tokenizer(ctx.base)
-    ends = ends_of(ctx, tokenizer)
-    plain = [without_end(ids, ends) for ids in answers]
-    targets = [without_end(ids, ends) for ids in wanted.targets()[: len(answers)]]
-    opened = [opens_thinking(tokenizer, ids) for ids in wanted.prompts()]
-
-    def texts(sides: list[list[int]]) -> list[str]:
-        pairs = zip(sides, opened, strict=False)
-        return [answer_text(tokenizer, ids, opened=within) for ids, within in pairs]
-
-    cut = zip(answers, wanted.targets(), strict=False)  # as many as were generated
-    unended = frozenset(n for n, pair in enumerate(cut) if any(_unended(ids, ends) for ids in pair))
-    lengths = [len(ids) for ids in plain]
-    syntax = ctx.syntax() or HERMES  # `_check` has refused calls that cannot be read
-    return Answers(texts(plain), texts(targets), lengths, unended, syntax)
-
-
-def _unended(ids: list[int], ends: set[int]) -> bool:
-    return not ids or ids[-1] not in ends
 
 
 @torch.no_grad()
@@ -262,8 +251,8 @@ def gate_check(result: Mapping[str, Any], predicted: Mapping[str, float]) -> dic
 
 def build_checkpoint_comparison(
     ctx: Context, keys: Keys, checkpoint: Path
-) -> tuple[Built, dict[str, Any]]:
-    """Compare any checkpoint of the base's architecture with base and donor.
+) -> tuple[dict[str, Any], list[Row]]:
+    """Compare any checkpoint of the base's architecture with base and donor, row by row.
 
     Raises:
         CheckpointError: it was written to meanwhile.
@@ -273,8 +262,11 @@ def build_checkpoint_comparison(
     model = Model(identity, checkpoint, identity)
     assert EVALUATE.schema is not None
 
-    def write(draft: Draft) -> None:
-        write_comparison(ctx, keys, {"checkpoint": model}, draft)
+    models = {**base_and_donor(ctx), "checkpoint": model}
 
-    built = ctx.store.build(ref, EVALUATE.schema, write, waiting=ctx.notice)
-    return built, read_comparison(ctx.store.open(ref))
+    def write(draft: Draft) -> None:
+        write_comparison(ctx, keys, models, draft)
+
+    ctx.store.build(ref, EVALUATE.schema, write, waiting=ctx.notice)
+    rows = list(answered_rows(ctx, keys, models))
+    return read_comparison(ctx.store.open(ref)), rows

@@ -13,19 +13,24 @@ import yaml
 from artifacts.ref import digest_of
 from artifacts.store import Artifact
 from crane_tasks.apply.folder import device_name
+from crane_tasks.apply.results import Place, per_component, per_layer
 from crane_tasks.apply.rows import unlike_words
 from crane_tasks.calibration.sets import TokenSet
 from crane_tasks.edit import edit_of
+from crane_tasks.evaluate.rows import Row
 from crane_tasks.models.files.tokenizer import load_tokenizer
 from crane_tasks.numerics.edit import EditSums
 from crane_tasks.pairing import pair_notes
+from crane_tasks.report.glossary import glossary
 from crane_tasks.report.page import page, table
 from crane_tasks.report.pictures import draw_all
+from crane_tasks.report.samples import chosen, samples
 from crane_tasks.report.tables import (
     delta_table,
     edit_table,
     evaluation_table,
     gain_table,
+    layer_table,
     prediction_table,
     unfinished_note,
 )
@@ -34,7 +39,7 @@ from crane_tasks.scores.reading import Scores
 from crane_tasks.session import Context
 
 LARGE = 10.0  # a score that deserves a second look
-PICTURES = 2  # version of how they are drawn
+PICTURES = 3  # version of how they are drawn
 DRAWN = ".pictures.json"  # what the pictures in a folder show
 
 
@@ -49,13 +54,14 @@ class MergeReport:
         targets: the target sets, by what people call them.
         retokenised: those of them, by the names of the measurements, whose targets a server gave
             as text alone.
+        answered: held-out rows with the answers of base, donor and "merged".
     """
 
     ctx: Context
     key: str
     stages: list[dict[str, Any]]
     scores: Scores | None
-    edit: dict[str, EditSums]
+    edit: dict[Place, EditSums]
     evaluation: dict[str, Any]
     delta: Artifact
     threshold: Artifact | None
@@ -64,6 +70,7 @@ class MergeReport:
     carried: list[str]
     targets: dict[str, TokenSet]
     retokenised: list[str]
+    answered: list[Row]
 
 
 def markdown(report: MergeReport, pictures: dict[str, str]) -> str:
@@ -75,57 +82,82 @@ def markdown(report: MergeReport, pictures: dict[str, str]) -> str:
     shown_recipe = recipe.model_dump(mode="json", exclude={"run"}, exclude_unset=True)
     head, rows = evaluation_table(report.evaluation)
     tau = f", tau {recipe.tau:g}" if "tau" in edit.fields else ""
+    tables = _Tables()
     parts = [
         f"# {recipe.name}: alpha {recipe.alpha:g}{tau}",
         f"Merged checkpoint: `{report.ctx.output.name}`",
         f"By {edit.title}: `{edit.formula}`",
         _made_note(report.ctx),
         "## What the models do",
-        table(head, rows) if rows else "",
+        tables.of(head, rows) if rows else "",
         _evaluation_note(report.evaluation),
-        *_target_parts(report),
-        *_gate_parts(report),
+        *_target_parts(report, tables),
+        *_gate_parts(report, tables),
         *(f"![{title}]({file})" for title, file in pictures.items()),
         "## The delta",
         "Norms relative to the base's weights; the largest single difference; what T keeps.",
-        table(*delta_table(report.ctx.pair().base, report.delta, report.threshold)),
+        tables.of(*delta_table(report.ctx.pair().base, report.delta, report.threshold)),
         *pair_notes(report.ctx),
         "## The edit",
         "Norm relative to the base's weights; how much of it is left after rounding.",
-        table(*edit_table(report.edit, report.scores)),
+        tables.of(*edit_table(per_component(report.edit), report.scores)),
+        "The same per layer:",
+        tables.of(*layer_table(per_layer(report.edit))),
         _carried_note(report.carried),
         unlike_words(report.ctx.unlike()),
+        *_sample_parts(report),
         "## Stages",
         table(["stage", "status", "seconds", "key"], stages),
         "## Recipe",
         f"```yaml\n{yaml.safe_dump(shown_recipe, sort_keys=False)}```",
+        "## What the columns mean",
+        "\n".join(f"- {line}" for line in glossary(tables.heads)),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _target_parts(report: MergeReport) -> list[str]:
+class _Tables:
+    """Markdown tables, and the columns that they have had."""
+
+    def __init__(self) -> None:
+        self.heads: list[str] = []
+
+    def of(self, head: list[str], rows: list[list[str]]) -> str:
+        """One of them."""
+        self.heads += head
+        return table(head, rows)
+
+
+def _sample_parts(report: MergeReport) -> list[str]:
+    if not report.answered:
+        return []
+    told = "Of each set some answers: first where the base is right and the merge is not."
+    return ["## Answers side by side", told, *samples(chosen(report.answered, "merged"))]
+
+
+def _target_parts(report: MergeReport, tables: _Tables) -> list[str]:
     if not report.targets:
         return []
     return [
         "## Targets",
-        table(*target_table(report.targets, load_tokenizer(report.ctx.base))),
+        tables.of(*target_table(report.targets, load_tokenizer(report.ctx.base))),
         unended_note(report.targets),
         _retokenised_note(report.retokenised),
     ]
 
 
-def _gate_parts(report: MergeReport) -> list[str]:
+def _gate_parts(report: MergeReport, tables: _Tables) -> list[str]:
     if report.scores is None or report.gains is None:
         return []
     return [
         "## The gate's prediction",
         "First-order change of the mean loss on the calibration sets, and the realised one.",
-        table(*prediction_table(report.evaluation)),
+        tables.of(*prediction_table(report.evaluation)),
         "## Scores",
         "S(c) over all layers (the baseline has 1) and the sums it is made of, in nats: what both "
         "sets agree on, each set's slope along the whole delta, and the norm of its coordinates.",
         _large_note(report.scores),
-        table(*gain_table(report.scores, report.gains)),
+        tables.of(*gain_table(report.scores, report.gains)),
     ]
 
 

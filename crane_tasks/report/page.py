@@ -6,9 +6,9 @@ import html
 from markdown_it import MarkdownIt
 
 
-def table(head: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table; the first column is text, the others numbers."""
-    rule = ["---"] + ["---:"] * (len(head) - 1)
+def table(head: list[str], rows: list[list[str]], *, text: bool = False) -> str:
+    """A Markdown table; the first column is text, the others numbers if not `text`."""
+    rule = ["---"] + ["---" if text else "---:"] * (len(head) - 1)
     return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, rule, *rows])
 
 

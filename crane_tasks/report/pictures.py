@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
 from artifacts.store import Artifact
+from crane_tasks.apply.results import Place, per_component
 from crane_tasks.models.files.layout import layer_of_unit
 from crane_tasks.numerics.edit import EditSums
 from crane_tasks.numerics.projector import STEEPNESS
@@ -138,8 +139,33 @@ def edit_bars(edit: dict[str, EditSums]) -> bytes:
     return png(figure)
 
 
+def edit_by_layer(edit: Mapping[Place, EditSums]) -> bytes:
+    """Per layer and component: size of the edit relative to the base, and what survived."""
+    figure = Figure(figsize=(7.2, 6.4), layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True)
+    components = dict.fromkeys(c for layer, c in edit if layer is not None)
+    for component in components:
+        own = {
+            layer: sums
+            for (layer, c), sums in edit.items()
+            if layer is not None and c == component and sums.intended2 > 0
+        }
+        layers = sorted(own)
+        sizes = [(own[n].intended2 / own[n].base2) ** 0.5 for n in layers]
+        upper.plot(layers, sizes, marker=".", lw=1, label=component)
+        lower.plot(layers, [own[n].survived for n in layers], marker=".", lw=1)
+    upper.set_title("norm of the edit relative to the base")
+    upper.set_yscale("log")
+    lower.set_title("norm that survived rounding")
+    lower.axhline(1.0, color="grey", lw=0.7)
+    lower.set_xlabel("layer")
+    lower.xaxis.get_major_locator().set_params(integer=True)
+    upper.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0)
+    return png(figure)
+
+
 def draw_all(
-    scores: Scores | None, edit: dict[str, EditSums], projector: Artifact | None, tau: float
+    scores: Scores | None, edit: Mapping[Place, EditSums], projector: Artifact | None, tau: float
 ) -> dict[str, tuple[str, bytes]]:
     """The pictures of what the edit has: file stem -> (title, PNG)."""
     drawn = {}
@@ -148,5 +174,6 @@ def draw_all(
     if projector is not None:
         title = "Singular spectrum and protection per site"
         drawn["spectrum"] = (title, spectrum(projector, tau))
-    drawn["edit"] = ("Edit size and survival per component", edit_bars(edit))
+    drawn["edit"] = ("Edit size and survival per component", edit_bars(per_component(edit)))
+    drawn["layers"] = ("Edit size and survival per layer", edit_by_layer(edit))
     return drawn

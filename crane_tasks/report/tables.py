@@ -144,15 +144,28 @@ def _kept(threshold: Artifact | None) -> dict[str, dict[str, float]]:
 def edit_table(edit: Mapping[str, EditSums], scores: Scores | None) -> Cells:
     """Size of the edit per component, and what rounding left of it."""
     rows = [
-        [component, _score(scores, component), _ratio(s.intended2, s.base2),
-         _ratio(s.delta2, s.base2),
-         f"{s.survived:.3f}" if s.intended2 else NONE,
-         f"{s.cosine:.3f}" if s.intended2 else NONE,
-         f"{s.changed / s.numel:.1%}" if s.numel else NONE]
-        for component, s in edit.items()
-    ]  # fmt: skip
-    head = ["component", "S", "edit / base", "delta / base", "survived", "cosine", "changed"]
-    return head, rows
+        [component, _score(scores, component), *_edit_cells(s)] for component, s in edit.items()
+    ]
+    return ["component", "S", *EDIT_HEAD], rows
+
+
+def layer_table(edit: Mapping[int, EditSums]) -> Cells:
+    """The same per layer, over its components."""
+    rows = [[str(layer), *_edit_cells(s)] for layer, s in edit.items()]
+    return ["layer", *EDIT_HEAD], rows
+
+
+EDIT_HEAD = ["edit / base", "delta / base", "survived", "cosine", "changed"]
+
+
+def _edit_cells(s: EditSums) -> list[str]:
+    return [
+        _ratio(s.intended2, s.base2),
+        _ratio(s.delta2, s.base2),
+        f"{s.survived:.3f}" if s.intended2 else NONE,
+        f"{s.cosine:.3f}" if s.intended2 else NONE,
+        f"{s.changed / s.numel:.1%}" if s.numel else NONE,
+    ]
 
 
 def _score(scores: Scores | None, component: str) -> str:

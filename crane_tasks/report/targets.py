@@ -26,16 +26,21 @@ def target_sets(ctx: Context, keys: Keys) -> dict[str, TokenSet]:
 
 
 def target_table(sets: Mapping[str, TokenSet], tokenizer: Any) -> Cells:
-    """Rows, lengths in tokens, and the shares that end their thinking and that end at all."""
+    """Rows, numbers of tokens, lengths, and the shares that end their thinking and that end."""
     rows = []
     for title, tokens in sets.items():
         lengths, count = tokens.target_lengths, len(tokens.sequences)
         texts = [tokenizer.decode(ids, skip_special_tokens=False) for ids in tokens.targets()]
-        ended = NONE if tokens.unended is None else f"{1 - len(tokens.unended) / count:.1%}"
+        cut = tokens.unended
+        ended = [NONE, NONE] if cut is None else [f"{1 - len(cut) / count:.1%}", str(len(cut))]
+        whole = sum(ids.numel() for ids in tokens.sequences)
         thought = sum(THOUGHT in text for text in texts) / count
-        rows.append([title, str(count), f"{sum(lengths) / count:.1f}", str(max(lengths)),
-                     f"{thought:.1%}", ended])  # fmt: skip
-    return ["set", "rows", "mean tokens", "longest", f"with `{THOUGHT}`", "ended by itself"], rows
+        mean = f"{sum(lengths) / count:.1f}"
+        rows.append([title, str(count), f"{whole:,}", f"{sum(lengths):,}", mean,
+                     str(max(lengths)), f"{thought:.1%}", *ended])  # fmt: skip
+    head = ["set", "rows", "tokens", "target tokens", "mean target", "longest",
+            f"with `{THOUGHT}`", "ended by itself", "cut"]  # fmt: skip
+    return head, rows
 
 
 def unended_note(sets: Mapping[str, TokenSet]) -> str:

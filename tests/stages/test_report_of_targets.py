@@ -29,8 +29,11 @@ def test_a_set_is_shown_by_its_targets_alone(
         unended,
     )
     head, rows = target_table({"reasoning": tokens}, tokenizer)
-    assert len(head) == 6
-    assert rows == [["reasoning", "3", "2.7", "5", "33.3%", shown]]
+    cut = NONE if unended is None else str(len(unended))
+    targets = sum(len(target) for _, target in pieces)
+    whole = targets + sum(len(prompt) for prompt, _ in pieces)
+    assert len(head) == len(rows[0]) == 9
+    assert rows == [["reasoning", "3", str(whole), str(targets), "2.7", "5", "33.3%", shown, cut]]
     note = unended_note({"reasoning": tokens})
     assert note.endswith("reasoning: a 2.") if unended else note == ""
 

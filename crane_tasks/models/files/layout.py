@@ -106,6 +106,15 @@ def layer_of_unit(unit: str) -> int | None:
     return None if unit == _OUTSIDE else int(unit.removeprefix("layer."))
 
 
+_IN_LAYER = re.compile(r"\blayers\.(\d+)\.")
+
+
+def layer_of_tensor(name: str) -> int | None:
+    """The decoder layer that a canonical tensor name lies in; None outside of them."""
+    found = _IN_LAYER.search(name)
+    return int(found[1]) if found else None
+
+
 # What a placeholder of a template stands for.
 PLACES = {"layer": r"\d+", "extra": r"\d+", "expert": r"\d+", "rest": r".+"}
 
