@@ -191,12 +191,11 @@ class Site:
 
 
 @contextmanager
-def running(folder: Path) -> Iterator[Site]:
-    """Start it in a folder and end it, with all that it started."""
+def running(folder: Path, python: Path = Path(sys.executable)) -> Iterator[Site]:
+    """Start it in a folder, by an environment's own command, and end it with all it started."""
     folder.mkdir(parents=True, exist_ok=True)
     port = free_port()
-    crane = Path(sys.executable).with_name("crane")
-    command = [crane, "ui", "--port", str(port), "--home", "home"]
+    command = [python.with_name("crane"), "ui", "--port", str(port), "--home", "home"]
     for name in ("flows", "artifacts", "crane_tasks"):  # a folder may have packages so called
         (folder / name).mkdir(exist_ok=True)
         (folder / name / "__init__.py").write_text("raise ImportError('not ours')\n")
