@@ -232,6 +232,22 @@ def killed_in_scores_with_all(site: Site, job: Job) -> str:
 
 
 @pytest.mark.slow
+def test_a_worker_that_is_killed_alone_costs_no_run(job: Job, tmp_path: Path) -> None:
+    with running(tmp_path / "own") as site:
+        run = site.start("merge", **job.parameters())
+        wait_until(reached(job.store, "scores", 1), "a scored layer", pause=0.001)
+        worker = next(
+            p for p in psutil.Process(site.process.pid).children() if "worker" in p.cmdline()
+        )
+        worker.kill()
+        assert site.state(run) == "Completed", site.logs(run)
+        again = site.start("merge", **job.parameters())  # by the worker that took over
+        assert site.state(again) == "Completed", site.logs(again)
+        assert "another one takes over" in site.log
+    assert files(job.output) == job.undisturbed()
+
+
+@pytest.mark.slow
 def test_ctrl_c_stops_a_run_and_leaves_no_process(job: Job, tmp_path: Path) -> None:
     with running(tmp_path / "own") as site:
         run = site.start("merge", **job.parameters())
