@@ -102,13 +102,12 @@ class Store:
 
     def drafted(self, ref: Ref) -> bool:
         """Whether an earlier attempt left finished units."""
-        log = self.root / ref.stage / f".draft-{ref.key}" / "units.jsonl"
+        log = self._draft(ref) / "units.jsonl"
         return log.exists() and log.stat().st_size > 0
 
     def drafted_bytes(self, ref: Ref) -> int:
         """Bytes that an interrupted attempt has written."""
-        draft = self.root / ref.stage / f".draft-{ref.key}"
-        return sum(p.stat().st_size for p in draft.rglob("*") if p.is_file())
+        return sum(p.stat().st_size for p in self._draft(ref).rglob("*") if p.is_file())
 
     def open(self, ref: Ref) -> Artifact:
         """A finished artifact.
@@ -149,6 +148,23 @@ class Store:
                 fcntl.flock(stream, fcntl.LOCK_EX)
             yield
 
+    @contextmanager
+    def drafting(self, ref: Ref, schema: Schema) -> Iterator[Draft | None]:
+        """The artifact's draft, to add units to that `build` will find; None if it is finished
+        or another run makes it."""
+        folder = self.root / ref.stage
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / f".lock-{ref.key}").open("w") as stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield None
+                return
+            yield None if self.has(ref) else Draft(self._draft(ref), schema)
+
+    def _draft(self, ref: Ref) -> Path:
+        return self.root / ref.stage / f".draft-{ref.key}"
+
     def build(
         self,
         ref: Ref,
@@ -177,7 +193,7 @@ class Store:
 
     def _make(self, ref: Ref, schema: Schema, write: Callable[[Draft], None]) -> int:
         final = self.path(ref)
-        draft = Draft(final.with_name(f".draft-{ref.key}"), schema)
+        draft = Draft(self._draft(ref), schema)
         write(draft)
         manifest = {
             "format": FORMAT,

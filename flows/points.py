@@ -1,11 +1,14 @@
 """Points of a search: which there are, what is wrong with them, and each measured in memory."""
 
+import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from artifacts.errors import DamagedArtifact
 from artifacts.ref import Ref, digest_of
 from artifacts.store import Built
 from crane_tasks.apply.stage import APPLY, check_destination
@@ -14,6 +17,7 @@ from crane_tasks.evaluate.choice import Metrics, Point, Requirement
 from crane_tasks.evaluate.metrics import OBJECTIVE, measured_metrics
 from crane_tasks.evaluate.point import LOADED, POINT
 from crane_tasks.evaluate.stage import EVALUATE, read_comparison
+from crane_tasks.evaluate.together import companions, walk_together
 from crane_tasks.method import Call, build_before, keys_of, made_from, used
 from crane_tasks.recipe import Recipe
 from crane_tasks.recipe_file import changed
@@ -165,12 +169,51 @@ def build_inputs(candidates: Sequence[Candidate], call: Call) -> dict[str, Score
     return faults
 
 
+@dataclass(frozen=True)
+class Walked:
+    """What a walk of several points has done for one of them.
+
+    Attributes:
+        begun: whether an earlier run had begun to measure it.
+        seconds: its share of the walk.
+    """
+
+    begun: bool
+    seconds: float
+
+
+def walked(candidates: Sequence[Candidate]) -> dict[str, Walked]:
+    """The losses of points that are missing, in as few walks of the base as memory allows.
+
+    By the point's key. What ends a walk is met again, and said, by the point whose fault it is.
+    """
+    if not candidates or candidates[0].ctx.spreads:
+        return {}
+    begun = {c.keys[EVALUATE].key: POINT.begun(c.ctx, c.keys) for c in candidates}
+    found: dict[str, Walked] = {}
+    for group in companions([(c.ctx, c.keys) for c in candidates]):
+        if len(group) < 2:
+            continue
+        start = time.monotonic()
+        with suppress(*FAULTS, DamagedArtifact):
+            walk_together(group)
+        share = (time.monotonic() - start) / len(group)
+        own = [keys[EVALUATE].key for _, keys in group]
+        found |= {key: Walked(begun[key], share) for key in own}
+    return found
+
+
 def measured(
-    models: dict[str, Metrics], one: Candidate, call: Call, made: Built | None = None
+    models: dict[str, Metrics],
+    one: Candidate,
+    call: Call,
+    made: Built | None = None,
+    walk: Walked | None = None,
 ) -> Point:
     """One point, measured or found; its base and donor are noted in `models`.
 
-    `made` is what became of it elsewhere. Its own fault makes it a failed point.
+    `made` is what became of it elsewhere, `walk` what was done for it among others. Its own
+    fault makes it a failed point.
     """
     ctx, keys = one.ctx, one.keys
 
@@ -179,6 +222,8 @@ def measured(
             ctx.session.kept.let_go(LOADED)  # what was damaged is made anew: it may take a model
             build_before(APPLY, ctx, keys, call)
         point = replace(POINT, title=f"point {one.spot.name}")
+        if walk is not None:
+            point = replace(point, begun=lambda ctx, keys: walk.begun)
         built = call(point, ctx, keys) if made is None else made
         return built, read_comparison(ctx.store.open(keys[EVALUATE]))
 
@@ -193,7 +238,7 @@ def measured(
         one.spot.alpha,
         one.spot.tau,
         built.status,
-        built.seconds,
+        built.seconds + (walk.seconds if walk else 0.0),
         built.ref.key,
         one.spot.changes,
         found["merged"],

@@ -13,6 +13,7 @@ from artifacts.store import Built
 from crane_tasks.errors import RecipeError
 from crane_tasks.evaluate.choice import Point, read_requirement
 from crane_tasks.evaluate.point import LOADED, POINT
+from crane_tasks.evaluate.stage import EVALUATE
 from crane_tasks.method import Call, in_this_process
 from crane_tasks.places import sweep_folder
 from crane_tasks.session import Context, Session
@@ -29,6 +30,7 @@ from flows.points import (
     failed,
     measured,
     open_points,
+    walked,
 )
 from flows.sweep_result import Sweep
 from flows.trackers import tracker_of
@@ -97,6 +99,7 @@ def _measure_all(
 ) -> None:
     """Every point in turn; the report is written after each that was not there before."""
     faults = build_inputs(candidates, call)
+    walks = walked([c for c in candidates if c.inputs not in faults and not c.evaluated])
     sent = [c for c in candidates if c.inputs not in faults and not c.evaluated]
     outcomes = _measured_elsewhere(sent)
     for number, one in enumerate(candidates):
@@ -105,7 +108,8 @@ def _measure_all(
         if isinstance(outcome, Exception):
             point = failed(one, outcome)
         else:
-            point = measured(result.models, one, call, outcome)
+            walk = walks.get(one.keys[EVALUATE].key)
+            point = measured(result.models, one, call, outcome, walk)
         result.points.append(point)
         tell(point)
         if point.status != "reused":

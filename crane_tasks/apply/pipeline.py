@@ -38,17 +38,22 @@ class MergedWindow:
     """A window's merged bytes, and each part's intended2, realised2, dot and changed.
 
     `data` is overwritten once the next window was asked for.
+
+    Attributes:
+        others: the bytes that further editors make of the same window, on their device.
     """
 
     window: Window
     data: Tensor
     sums: list[list[float]]
+    others: tuple[Tensor, ...] = ()
 
-    def tensors(self) -> Iterator[tuple[Part, Tensor]]:
-        """Every part with its merged rows in the stored dtype, [rows, ...]."""
+    def tensors(self) -> Iterator[tuple[Part, list[Tensor]]]:
+        """Every part with its merged rows in the stored dtype, [rows, ...], by each editor."""
         at = 0
         for part in self.window.parts:
-            yield part, typed(self.data, at, part.shape, part.dtype)
+            made = [typed(d, at, part.shape, part.dtype) for d in (self.data, *self.others)]
+            yield part, made
             at += part.span.count
 
 
@@ -56,14 +61,22 @@ class Pipeline:
     """Threads' buffers through which windows go; made once for a whole checkpoint."""
 
     def __init__(
-        self, editor: Editor, *, window: int | None = None, threads: int | None = None
+        self,
+        editor: Editor,
+        *others: Editor,
+        window: int | None = None,
+        threads: int | None = None,
+        on_host: bool = True,
     ) -> None:
         """
         Args:
+            others: further editors of the same base and delta, for which neither is read again.
             window: bytes of a window, by default what suits the device.
             threads: so many, by default all cores, or what keeps a GPU busy.
+            on_host: whether what the first editor makes is wanted in host memory.
         """
-        self._editor = editor
+        self._on_host = on_host
+        self._editor, self._others = editor, others
         self._device = editor.device
         cuda = self._device.type == "cuda"
         self._window = window or WINDOW[self._device.type]
@@ -89,13 +102,16 @@ class Pipeline:
         done = in_order(
             self._merge,
             windows_of(parts, self._window),
-            nbytes=lambda window: window.nbytes,
+            nbytes=lambda window: window.nbytes * (1 + len(self._others)),
             budget=IN_FLIGHT[self._device.type],
             threads=self._threads,
         )
         ended = False
         try:
             for merged, buffers in done:
+                for made in (merged.data, *merged.others):
+                    if made.is_cuda:  # made on a thread's stream, read on the caller's
+                        made.record_stream(torch.cuda.current_stream())
                 yield merged
                 self._buffers.put(buffers)
             ended = True
@@ -108,17 +124,32 @@ class Pipeline:
         weights, codes = buffers.sized(window, self._window)
         places = _read(window, weights, codes)
         with self._stream():
-            sums = self._merged(window, weights, codes, places)
-        return MergedWindow(window, weights, sums), buffers
+            base = weights.to(self._device, non_blocking=True)
+            delta = codes.to(self._device, non_blocking=True)
+            made = [base, *(base.clone() for _ in self._others)]
+            editors = (self._editor, *self._others)
+            summed = [
+                self._merged(editor, window, merged, delta, places)
+                for editor, merged in zip(editors, made, strict=True)
+            ]
+            if self._on_host and self._device.type == "cuda":
+                made[0] = weights.copy_(base, non_blocking=True)
+            # Reading the sums waits for the device, and so for the copy before them.
+            sums = [_read_sums(e, window, s) for e, s in zip(editors, summed, strict=True)]
+            if self._device.type == "cuda":
+                torch.cuda.current_stream().synchronize()
+        return MergedWindow(window, made[0], sums[0], tuple(made[1:])), buffers
 
     def _merged(
-        self, window: Window, weights: Tensor, codes: Tensor, places: "list[tuple[int, int]]"
-    ) -> list[list[float]]:
-        """Merge a window in place; returns each part's sums."""
-        merged = weights.to(self._device, non_blocking=True)
-        delta = codes.to(self._device, non_blocking=True)
-        order: list[int] = []
-        parts_sums: list[Tensor] = []
+        self,
+        editor: Editor,
+        window: Window,
+        merged: Tensor,
+        delta: Tensor,
+        places: "list[tuple[int, int]]",
+    ) -> "list[tuple[int, Tensor]]":
+        """Merge a window in place; returns the sums [4] of the parts that were edited."""
+        found: list[tuple[int, Tensor]] = []
         for group in self._groups(window):
             parts = [window.parts[i] for i in group]
             rows = (parts[0].shape or (1,))[0]
@@ -127,26 +158,14 @@ class Pipeline:
             code = [typed(delta, places[i][1], shape, parts[0].code) for i in group]
             slot = parts[0].slot
             assert slot is not None, "only edited parts are grouped"
-            edited = self._editor.merged(
+            edited = editor.merged(
                 slot, [p.expert for p in parts], parts[0].first, _stacked(base), _stacked(code)
             )
             for i, stored in zip(group, edited.stored, strict=True):
                 at, count = places[i][0], window.parts[i].span.count
                 merged[at : at + count] = stored.contiguous().flatten().view(torch.uint8)
-            parts_sums.append(edited.sums)
-            order += group
-        if self._device.type == "cuda":
-            weights.copy_(merged, non_blocking=True)
-        sums = [[0.0] * 4 for _ in window.parts]
-        # Reading the sums waits for the device, and so for the copy before them.
-        rows_of_sums = torch.cat(parts_sums).tolist() if parts_sums else []
-        for i, row in zip(order, rows_of_sums, strict=True):
-            sums[i] = row
-        if self._device.type == "cuda":
-            torch.cuda.current_stream().synchronize()
-        for part, row in zip(window.parts, sums, strict=True):
-            self._require_finite(part, row)
-        return sums
+            found += zip(group, edited.sums, strict=True)
+        return found
 
     @contextmanager
     def _stream(self) -> Iterator[None]:
@@ -172,13 +191,25 @@ class Pipeline:
             groups.setdefault(key, []).append(number)
         return list(groups.values())
 
-    def _require_finite(self, part: Part, sums: list[float]) -> None:
-        if not math.isfinite(sums[1]):  # of the realised edit
+
+def _read_sums(
+    editor: Editor, window: Window, found: "list[tuple[int, Tensor]]"
+) -> list[list[float]]:
+    """Each part's sums, of those that were not edited 0.
+
+    Raises:
+        RecipeError: the realised edit of one is not finite.
+    """
+    sums = [[0.0] * 4 for _ in window.parts]
+    rows = torch.stack([row for _, row in found]).tolist() if found else []
+    for (place, _), row in zip(found, rows, strict=True):
+        sums[place], part = row, window.parts[place]
+        if not math.isfinite(row[1]):
             raise RecipeError(
-                f"alpha {self._editor.recipe.alpha:g} is too large: the merged "
-                f"{part.tensor_name} is beyond what {str(part.dtype).removeprefix('torch.')} "
-                "can hold"
+                f"alpha {editor.recipe.alpha:g} is too large: the merged {part.tensor_name} is "
+                f"beyond what {str(part.dtype).removeprefix('torch.')} can hold"
             )
+    return sums
 
 
 class _Buffers:

@@ -55,8 +55,12 @@ class Window:
         return sum(aligned(part.chunk.nbytes, ALIGN) for part in self.parts if part.chunk)
 
 
-def parts_of(editor: Editor, slot: Slot, expert: int) -> Iterator[Part]:
-    """The parts of one canonical tensor: one per chunk of its delta, in order."""
+def parts_of(editor: Editor, slot: Slot, expert: int, *others: Editor) -> Iterator[Part]:
+    """The parts of one canonical tensor: one per chunk of its delta, in order.
+
+    Args:
+        others: further editors of the same base and delta: what any of them moves is read.
+    """
     piece = editor.base.pieces[slot.name][expert]
     index = expert if slot.stacked else None
     span = piece.span
@@ -64,7 +68,7 @@ def parts_of(editor: Editor, slot: Slot, expert: int) -> Iterator[Part]:
     row = span.count // max(1, rows)
     code = editor.delta.dtype(slot.unit, slot.array_name)
     for chunk in editor.delta.row_chunks(slot.unit, slot.array_name, index):
-        untouched = editor.untouched(slot, chunk.first, chunk.last)
+        untouched = all(e.untouched(slot, chunk.first, chunk.last) for e in (editor, *others))
         yield Part(
             span.part(chunk.first * row, (chunk.last - chunk.first) * row),
             slot,

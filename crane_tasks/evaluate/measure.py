@@ -22,7 +22,7 @@ from crane_tasks.edit import edit_of
 from crane_tasks.evaluate.models import Model
 from crane_tasks.models.decoding.greedy import decode_greedily
 from crane_tasks.models.files.tokenizer import load_tokenizer
-from crane_tasks.models.walk.losses import losses_of_sets
+from crane_tasks.models.walk.losses import SetLosses, losses_of_sets
 from crane_tasks.models.walk.stream import LayerStream
 from crane_tasks.recipe import Recipe
 from crane_tasks.rendering import own_ends
@@ -128,16 +128,20 @@ def write_measurements(ctx: Context, keys: Keys, model: Model, draft: Draft) -> 
 
 def _write_losses(ctx: Context, stream: LayerStream, sets: Mapping[str, Ref], draft: Draft) -> None:
     """All sets that are missing, in one walk."""
-    tokenizer, patterns = load_tokenizer(ctx.base), patterns_of(ctx)
     missing = {n: read_set(ctx.store.open(r)) for n, r in sets.items() if not draft.done(n)}
     if not missing:
         return
-    found = losses_of_sets(
-        stream,
-        [tokens.items() for tokens in missing.values()],
-        lambda step: ctx.show_step(NAME, step),
-    )
-    for (name, tokens), (losses, states) in zip(missing.items(), found, strict=True):
+    items = [tokens.items() for tokens in missing.values()]
+    found = losses_of_sets(stream, items, lambda step: ctx.show_step(NAME, step))
+    keep_losses(ctx, missing, found, draft)
+
+
+def keep_losses(
+    ctx: Context, sets: Mapping[str, TokenSet], found: Sequence[SetLosses], draft: Draft
+) -> None:
+    """Write what a walk has found of the sets, a unit each."""
+    tokenizer, patterns = load_tokenizer(ctx.base), patterns_of(ctx)
+    for (name, tokens), (losses, states) in zip(sets.items(), found, strict=True):
         with draft.unit(name) as unit:
             unit.write("losses", torch.tensor(losses, dtype=torch.float64))
             if name == "agent":

@@ -10,10 +10,10 @@ from conftest import TinyPair, load_tensors, save_tensors
 from tiny_merge import asked, fused, merged
 
 from artifacts.store import Built, Store
+from artifacts.tensors import Chunk
 from crane_tasks.apply.editor import make_editor
-from crane_tasks.apply.pipeline import Pipeline
 from crane_tasks.apply.stage import APPLY
-from crane_tasks.evaluate.point import LOADED, POINT, loaded_as, merged_rows
+from crane_tasks.evaluate.point import LOADED, POINT, loaded_as, overlay_of
 from crane_tasks.evaluate.stage import read_comparison
 from crane_tasks.kept import Kept, kept_by_process
 from crane_tasks.method import build_before, in_this_process, keys_of
@@ -94,7 +94,7 @@ def test_it_is_the_merge_in_whatever_form_the_base_is(
     else:
         changes += ["merge.rounding=stochastic", 'merge.lm_head.rows={"<think>": 0.8}',
                     "merge.router=slerp", "projector.sites=all"]  # fmt: skip
-    one = swept(pair, tmp_path, *changes, alphas=(0.4,)).points[0]
+    one = swept(pair, tmp_path, *changes, alphas=(0.4, 0.7)).points[0]
     merged(pair, tmp_path / "merges", tmp_path / "out", "alpha=0.4", *changes)
     assert comparison(tmp_path / "store", one.key) == comparison(tmp_path / "merges", one.key)
 
@@ -107,7 +107,7 @@ def test_the_tensors_laid_over_are_those_that_are_written(
     written = load_tensors(tmp_path / "out")
     for name, slot in editor.base.slots.items():
         found: dict[int, list[torch.Tensor]] = {}
-        for expert, first, rows in merged_rows(editor, Pipeline(editor), name):
+        for expert, first, rows in overlay_of(editor)(name):
             assert first == sum(len(r) for r in found.get(expert, []))
             found.setdefault(expert, []).append(rows.clone())
         for expert, pieces in found.items():
@@ -256,3 +256,48 @@ def test_a_damaged_artifact_is_computed_anew_in_the_middle_of_a_sweep(
     other = swept(moe_pair, tmp_path / "other")
     assert [p.metrics for p in found.points] == [p.metrics for p in other.points]
     assert first.points[0].metrics == found.points[0].metrics
+
+
+def reads_of_layers(folder: Path, monkeypatch: pytest.MonkeyPatch, work: Callable[[], Any]) -> int:
+    """How many chunks of the delta's layers are read while the work is done."""
+    count = 0
+    plain = Chunk.read_into
+
+    def counted(self: Chunk, into: memoryview) -> None:
+        nonlocal count
+        count += "/delta/" in str(self.file) and "/layer." in str(self.file)
+        plain(self, into)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Chunk, "read_into", counted)
+        work()
+    return count
+
+
+def test_a_grid_reads_every_layer_once(
+    moe_pair: TinyPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    swept(moe_pair, tmp_path, alphas=(0.1,))  # the stages before the edit are there
+
+    def reads(*alphas: float) -> int:
+        return reads_of_layers(
+            tmp_path, monkeypatch, lambda: swept(moe_pair, tmp_path, alphas=alphas)
+        )
+
+    one, four = reads(0.2), reads(0.3, 0.4, 0.5, 0.6)
+    assert one > 0 and four == one
+    monkeypatch.setattr("crane_tasks.evaluate.together.free_memory", lambda: 2**12)
+    assert reads(0.7, 0.8) == 2 * one, "where memory holds no two layers, each point has its walk"
+
+
+def test_points_that_differ_outside_the_layers_share_a_walk_too(
+    pairs: Pairs, tmp_path: Path
+) -> None:
+    """Embedding, head and norm are each point's own, whatever they do."""
+    pair = pairs("qwen3_moe")
+    fields = ["merge.lm_head.scale=0.0,0.5", "merge.embedding.scale=0.7,0.0"]
+    found = swept(pair, tmp_path, alphas=(0.5,), fields=fields)
+    assert len({p.metrics["reasoning_loss"] for p in found.points}) == 4
+    place, changes = tmp_path / "merges", [f"{k}={v}" for k, v in found.points[2].changes.items()]
+    merged(pair, place, tmp_path / "out", "alpha=0.5", *changes)
+    assert comparison(place, found.points[2].key)["models"]["merged"] == found.points[2].metrics

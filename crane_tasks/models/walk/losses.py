@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from crane_tasks.models.walk.batches import Batch, batched, unpadded
+from crane_tasks.models.walk.overlay import Overlay, Overlays
 from crane_tasks.models.walk.pace import OnStep, Pace
 from crane_tasks.models.walk.passage import Passage
 from crane_tasks.models.walk.stream import LayerStream
@@ -16,6 +17,10 @@ from crane_tasks.models.walk.stream import LayerStream
 # Logits are made for so many bytes of float32 at a time: a vocabulary of 152k times 2,000
 # target tokens would be 1.2 GB.
 LOGIT_BYTES = {"cpu": 32 * 2**20, "cuda": 2**30}
+
+
+# A set's losses, and states [T, d] after the last layer, by item.
+SetLosses = tuple[list[float], list[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -45,17 +50,13 @@ def item_losses(
 @torch.no_grad()
 def losses_of_sets(
     stream: LayerStream, sets: Sequence[list[Item]], on_step: OnStep
-) -> list[tuple[list[float], list[Tensor]]]:
+) -> list[SetLosses]:
     """`item_losses` of several sets in one walk: every weight is read once.
 
     No batch holds items of two sets, so that a set's losses have the same bits in any company.
     """
-    batches, owners = list[Batch](), list[int]()
-    for number, items in enumerate(sets):
-        own = batched([item.ids for item in items], stream.batch_tokens)
-        batches += own
-        owners += [number] * len(own)
-    passage = Passage(stream, batches, 2)
+    batches = _batches(stream, sets)
+    passage = Passage(stream, [batch for _, batch in batches], 2)
     count = stream.num_layers
     pace = Pace(on_step, layers=count, tokens=passage.tokens, passes=count)
     stream.expect(range(count))
@@ -63,9 +64,63 @@ def losses_of_sets(
         with stream.layer(layer) as module:
             passage.push(module, layer, pace)
         pace.layer()
+    return _at_the_head(stream, sets, batches, passage)
+
+
+@torch.no_grad()
+def losses_of_models(
+    stream: LayerStream,
+    sets: Sequence[list[Item]],
+    edits: Sequence[Overlay],
+    together: Overlays,
+    on_step: OnStep,
+) -> list[list[SetLosses]]:
+    """`losses_of_sets` of several models that differ from the checkpoint by an edit each.
+
+    One walk: every layer is read once, and is there once for each of them. The bits are those
+    of walks of their own.
+
+    Args:
+        together: what all the edits make of a slot, in their order.
+    """
+    batches = _batches(stream, sets)
+    passages = []
+    for edit in edits:
+        with stream.edited(edit, layers=False):
+            passages.append(Passage(stream, [b for _, b in batches], 2 * len(edits)))
+    count, tokens = stream.num_layers, passages[0].tokens * len(edits)
+    pace = Pace(on_step, layers=count, tokens=tokens, passes=count)
+    stream.expect(range(count))
+    for layer in range(count):
+        with stream.layers(layer, together, len(edits)) as modules:
+            for number, (module, passage) in enumerate(zip(modules, passages, strict=True)):
+                passage.push(module, layer, pace, first=number * len(batches))
+        pace.layer()
+    found = []
+    for edit, passage in zip(edits, passages, strict=True):
+        with stream.edited(edit, layers=False):
+            found.append(_at_the_head(stream, sets, batches, passage))
+    return found
+
+
+def _batches(stream: LayerStream, sets: Sequence[list[Item]]) -> list[tuple[int, Batch]]:
+    """The sets' batches, each with its set's place."""
+    return [
+        (number, batch)
+        for number, items in enumerate(sets)
+        for batch in batched([item.ids for item in items], stream.batch_tokens)
+    ]
+
+
+def _at_the_head(
+    stream: LayerStream,
+    sets: Sequence[list[Item]],
+    batches: Sequence[tuple[int, Batch]],
+    passage: Passage,
+) -> list[SetLosses]:
     found = [([math.nan] * len(items), [torch.empty(0)] * len(items)) for items in sets]
     with stream.head():
-        for number, batch, h in zip(owners, batches, passage.hidden, strict=True):
+        for (number, batch), h in zip(batches, passage.hidden, strict=True):
             items, (losses, states) = sets[number], found[number]
             of_batch, _ = batch_losses(
                 stream, passage.keeper.fetch(h), [items[i] for i in batch.items]

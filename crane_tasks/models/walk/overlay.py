@@ -1,6 +1,6 @@
 """Other weights laid over a checkpoint's, slot by slot, and its own ones put back."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -10,21 +10,34 @@ from crane_tasks.models.walk.loading import Loader
 
 # The edited tensors of a slot as they would be stored, in pieces: (expert, first row, rows).
 Overlay = Callable[[str], Iterable[tuple[int, int, Tensor]]]
+# Several edits' of one slot at once: (expert, first row, rows by each of them).
+Overlays = Callable[[str], Iterable[tuple[int, int, Sequence[Tensor]]]]
 
 
 def lay_over(checkpoint: Checkpoint, edit: Overlay, weights: Mapping[str, Tensor]) -> None:
     """Overwrite weights, by the model's names for them, by what the edit makes of their slots."""
-    for name, tensor in weights.items():
+    lay_all_over(
+        checkpoint, lambda slot: ((e, first, [rows]) for e, first, rows in edit(slot)), [weights]
+    )
+
+
+def lay_all_over(
+    checkpoint: Checkpoint, edits: Overlays, models: Sequence[Mapping[str, Tensor]]
+) -> None:
+    """The same weights of several models, each overwritten by an edit of its own."""
+    for name in models[0]:
         first = 0
         # What a checkpoint only carries has no slot and stays as it is.
         for slot in filter(checkpoint.slots.get, checkpoint.slots_of(name)):
             stacked = checkpoint.slots[slot].stacked
             rows = checkpoint.pieces[slot][0].shape[0] if stacked else 0
-            for expert, begin, merged in edit(slot):
-                place = tensor[expert, first : first + rows] if stacked else tensor
-                if place.dim():
-                    place = place[begin : begin + merged.shape[0]]
-                place.copy_(merged.view(place.shape))
+            for expert, begin, made in edits(slot):
+                for weights, merged in zip(models, made, strict=True):
+                    tensor = weights[name]
+                    place = tensor[expert, first : first + rows] if stacked else tensor
+                    if place.dim():
+                        place = place[begin : begin + merged.shape[0]]
+                    place.copy_(merged.view(place.shape))
             first += rows
 
 

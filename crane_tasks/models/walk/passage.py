@@ -40,11 +40,15 @@ class Passage:
         layer: int,
         pace: Pace,
         before: Callable[[int], None] = lambda index: None,
+        first: int = 0,
     ) -> None:
-        """Every batch through one layer; `before(index)` ahead of each."""
+        """Every batch through one layer; `before(index)` ahead of each.
+
+        The pace counts its batches from `first` on.
+        """
         for index, calls in enumerate(self.calls):
             before(index)
             state = self.keeper.fetch(self.hidden[index])
             self.hidden[index] = self.keeper.keep(self._stream.run(module, state, calls[layer]))
-            pace.batch("forward", layer, index, 1)
+            pace.batch("forward", layer, first + index, 1)
         self.keeper.settle()

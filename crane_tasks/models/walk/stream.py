@@ -6,6 +6,7 @@ model's own forward is called: each stub records the arguments that its layer wo
 injected, so that embedding, final norm, head and soft-capping stay the library's code.
 """
 
+import copy
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -18,7 +19,13 @@ from torch import Tensor, nn
 from crane_tasks.models.files.checkpoint import Checkpoint, Source
 from crane_tasks.models.files.memory import give_back_memory
 from crane_tasks.models.walk.loading import Loader
-from crane_tasks.models.walk.overlay import Overlay, lay_over, read_again
+from crane_tasks.models.walk.overlay import (
+    Overlay,
+    Overlays,
+    lay_all_over,
+    lay_over,
+    read_again,
+)
 from crane_tasks.models.walk.skeleton import generation_config, skeleton
 from crane_tasks.models.walk.stubs import LayerCall, Stub, require_plain
 from crane_tasks.models.walk.weights import drop_weights, fits, give_weights, load_buffers
@@ -54,6 +61,7 @@ class LayerStream:
         self._loaded: set[int] = set()
         self._ahead: deque[int] = deque()
         self._edit: Overlay | None = None
+        self._edits_layers = True
         self._loader = Loader(device, reuse=not self.resident)
         self._model = skeleton(checkpoint, compute)
         load_buffers(self._model, checkpoint, device)
@@ -154,6 +162,7 @@ class LayerStream:
     @contextmanager
     def layer(self, index: int, *, grad: bool = False) -> Iterator[nn.Module]:
         """Layer `index` with its weights in memory; dropped afterwards if not resident."""
+        assert self._edits_layers, "the layers are not those of the edit"
         module: nn.Module = self._layers[index]
         if self._ahead and self._ahead[0] == index:
             self._ahead.popleft()
@@ -196,8 +205,20 @@ class LayerStream:
         self._loaded.add(index)
 
     @contextmanager
-    def edited(self, edit: Overlay) -> Iterator[None]:
+    def layers(self, index: int, edits: Overlays, count: int) -> Iterator[list[nn.Module]]:
+        """Layer `index` of so many models that differ from the checkpoint by an edit each."""
+        with self.layer(index) as module:
+            own = [copy.deepcopy(module) for _ in range(count)]
+            prefix = f"model.layers.{index}"
+            weights = [{n: p.data for n, p in m.named_parameters(prefix=prefix)} for m in own]
+            lay_all_over(self.checkpoint, edits, weights)
+            yield own
+
+    @contextmanager
+    def edited(self, edit: Overlay, *, layers: bool = True) -> Iterator[None]:
         """Other weights than the checkpoint's, laid over them slot by slot.
+
+        Without `layers`, over embedding, head and final norm alone: nothing may be walked.
 
         What is in memory is overwritten in place, what is loaded later is overwritten as it
         comes: first rounded to the stored dtype, as `edit` gives it, then to `compute`, as
@@ -208,16 +229,17 @@ class LayerStream:
             CheckpointError: they cannot be read again; the stream must not be used any more.
         """
         assert self._edit is None, "one edit at a time"
-        self._edit = edit
+        self._edit, self._edits_layers = edit, layers
         try:
             self._let_go()
-            for group in self._in_memory():
+            for group in self._in_memory(layers=layers):
                 lay_over(self.checkpoint, edit, group)
             yield
         finally:
-            self._edit = None
+            self._edit, self._edits_layers = None, True
             self._let_go()
-            read_again(self.checkpoint, self._in_memory(), self.device, self.compute)
+            own = self._in_memory(layers=layers)
+            read_again(self.checkpoint, own, self.device, self.compute)
 
     def _let_go(self) -> None:
         """Drop the layers that are loaded again for each turn anyway."""
@@ -226,13 +248,13 @@ class LayerStream:
                 drop_weights(self._layers[index])
             self._loaded.clear()
 
-    def _in_memory(self) -> Iterator[dict[str, Tensor]]:
+    def _in_memory(self, *, layers: bool) -> Iterator[dict[str, Tensor]]:
         """The weights in memory by the model's names for them, a layer at a time."""
         parameters = dict(self._model.named_parameters())
         ends = {n: parameters[n].data for n in self._ends if n in parameters}
         yield {n: p.data for n, p in self.outside.items()}
         yield {n: tensor for n, tensor in ends.items() if not tensor.is_meta}
-        for index in sorted(self._loaded):
+        for index in sorted(self._loaded) if layers else ():
             own = self._layers[index].named_parameters(prefix=f"model.layers.{index}")
             yield {n: p.data for n, p in own}
 
