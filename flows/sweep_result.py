@@ -1,5 +1,6 @@
 """What a sweep did and found, as a report and as JSON."""
 
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from crane_tasks.evaluate.choice import (
 from crane_tasks.recipe import Recipe
 from crane_tasks.report.finite import finite
 from crane_tasks.report.sweep import SweepReport, write_sweep_report
+
+REDRAWN = 20.0  # seconds after which a growing sweep's picture is drawn anew
 
 
 @dataclass
@@ -37,6 +40,7 @@ class Sweep:
     models: dict[str, Metrics] = field(default_factory=dict)
     written: Path | None = None
     report: Path | None = None
+    _drawn: float | None = field(default=None, repr=False)
 
     @property
     def choice(self) -> Choice:
@@ -71,8 +75,14 @@ class Sweep:
         return dict(finite(record))
 
     def write(self) -> None:
-        """Write the report of what there is."""
-        self.report = write_sweep_report(self._report(), self.output)
+        """Write the report of what there is; to draw it takes a second, which not every point is
+        worth."""
+        report, now = self._report(), time.monotonic()
+        complete = len(self.points) >= self.planned
+        draw = complete or self._drawn is None or now - self._drawn > REDRAWN
+        self.report = write_sweep_report(report, self.output, draw=draw)
+        if draw and report.choice.front:
+            self._drawn = now
 
     def _report(self) -> SweepReport:
         return SweepReport(

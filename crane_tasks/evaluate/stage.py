@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ from crane_tasks.sizes import sizes_of
 from crane_tasks.stage import BASE, DONOR, TOKENIZER, Keys, Needs, Stage
 
 POSITION_BLOCK = 64
+KEPT_BYTES = 2**28  # of the base's log-probabilities
 
 
 def write_evaluate(ctx: Context, keys: Keys, draft: Draft) -> None:
@@ -194,22 +196,38 @@ def _divergences(
     ctx: Context, models: Mapping[str, Model], opened: Mapping[str, Artifact]
 ) -> dict[str, float]:
     """Mean KL(base ‖ model) of the next token where the agent targets have format tokens."""
-    unknown = dict.fromkeys(models, float("nan"))
     if not opened["base"].has("agent", "format_states"):
-        return unknown
+        return dict.fromkeys(models, float("nan"))
     states = {name: artifact.read("agent", "format_states") for name, artifact in opened.items()}
-    count = states["base"].shape[0]
+    count, kept = states["base"].shape[0], ctx.session.kept
     if not count:
-        return unknown
-    reference = _log_probabilities(ctx, models["base"], states["base"])
-    for name, model in models.items():
-        others = _log_probabilities(ctx, model, states[name])
+        return dict.fromkeys(models, float("nan"))
+    base = opened["base"].path
+
+    def probabilities(name: str) -> list[Tensor]:
+        return _log_probabilities(ctx, models[name], states[name])
+
+    @cache
+    def reference() -> list[Tensor]:
+        # Of a sweep's points the base is the same one; of a large vocabulary it is made anew.
+        few = 4 * count * int(ctx.pair().base.config["vocab_size"]) <= KEPT_BYTES
+        own = partial(probabilities, "base")
+        return kept.one("probabilities of the base", base, own) if few else own()
+
+    def divergence(name: str) -> float:
         total = 0.0
-        for base, other in map(_over_common, reference, others):
-            total += float((base.exp() * (base - other)).sum(dtype=torch.float64))
-        # Rounding can leave the KL of equal distributions a hair below zero.
-        unknown[name] = max(0.0, total / count)
-    return unknown
+        for ours, other in map(_over_common, reference(), probabilities(name)):
+            total += float((ours.exp() * (ours - other)).sum(dtype=torch.float64))
+        # Rounding can leave the KL of equal distributions a hair below zero; NaN stays NaN.
+        value = total / count
+        return 0.0 if value < 0.0 else value
+
+    return {
+        name: divergence(name)
+        if model.edit is not None
+        else kept.one(f"divergence of {name}", (base, opened[name].path), partial(divergence, name))
+        for name, model in models.items()
+    }
 
 
 def _over_common(base: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:

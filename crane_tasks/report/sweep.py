@@ -151,13 +151,19 @@ def sweep_markdown(report: SweepReport, picture: str | None) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def write_sweep_report(report: SweepReport, folder: Path) -> Path:
-    """Write all FILES, each whole or not at all; returns the path of the HTML page."""
+def write_sweep_report(report: SweepReport, folder: Path, *, draw: bool = True) -> Path:
+    """Write all FILES, each whole or not at all; returns the path of the HTML page.
+
+    Args:
+        draw: make the picture anew; if not, the folder's own is that of a few points ago.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / FILES[0], json.dumps(finite(report.record), indent=2) + "\n")
     write_atomically(folder / FILES[1], sweep_csv(report.points, report.choice))
     pictures: dict[str, bytes] = {}
-    if report.choice.front:
+    if report.choice.front and not draw:
+        pictures[PICTURE] = (folder / PICTURE).read_bytes()
+    elif report.choice.front:
         pictures[PICTURE] = sweep_picture(
             report.points, report.choice, report.requirements, report.models
         )
