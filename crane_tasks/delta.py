@@ -5,7 +5,7 @@ and delta give back the donor bit by bit. The bf16 difference would not: it roun
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from artifacts.schema import Schema
 from artifacts.store import Artifact, Draft, Unit
+from artifacts.tables import write_table
 from artifacts.tensors import ArrayWriter
 from crane_tasks.errors import CheckpointError
 from crane_tasks.models.check import check_pair, refuse_equal
@@ -20,16 +21,20 @@ from crane_tasks.models.files.layout import Slot, unit_name
 from crane_tasks.models.files.pair import Pair
 from crane_tasks.models.files.safetensors_io import byte_view
 from crane_tasks.models.files.wording import listed
+from crane_tasks.numerics.threshold import THRESHOLD_SUMS, threshold_sums
 from crane_tasks.pairing import pair_notes
 from crane_tasks.parallel import in_order, spread_units
 from crane_tasks.session import Context
-from crane_tasks.sizes import sizes_of
+from crane_tasks.sizes import gated, sizes_of
 from crane_tasks.stage import BASE, DONOR, Keys, Needs, Stage
 
 COLUMNS = ["delta2", "base2", "donor2", "max_abs", "numel"]
 # Bytes of base tensors that are worked on at a time; a few times that is in memory.
 IN_FLIGHT = 128 * 2**20
 BLOCK = 2**18  # weights whose passes stay in a core's cache
+# A unit's table of what T at the median does to each tensor, made while the tensors are there.
+# Artifacts from before have none.
+MEDIANS = "medians"
 _SIGNED = {2: torch.int16, 4: torch.int32}
 _UNSIGNED = {2: torch.uint16, 4: torch.uint32}
 
@@ -81,7 +86,10 @@ DELTA = Stage(
     name="delta",
     version=2,
     schema=Schema(
-        arrays={r".+\.stats": ("float64",), r".+": ("uint16", "uint32", "float32")},
+        arrays={
+            rf".+\.stats|{MEDIANS}": ("float64",),
+            r".+": ("uint16", "uint32", "float32"),
+        },
         meta=("layer",),
     ),
     inputs={"base": BASE, "donor": DONOR},
@@ -96,7 +104,9 @@ def _write_layer(ctx: Context, unit: Unit, layer: int | None) -> None:
     pair = ctx.pair()
     groups = dict(pair.base.layers())
     unit.meta["layer"] = layer
-    if bad := _write_slots(unit, pair, groups[layer]):
+    # Another density's m is no median; the stage `threshold` finds it by itself.
+    medians = [] if ctx.recipe.merge.density is not None else gated(groups[layer])
+    if bad := _write_slots(unit, pair, groups[layer], {slot.name for slot in medians}):
         order = list(groups)
         rest = [slot for next_ in order[order.index(layer) + 1 :] for slot in groups[next_]]
         _refuse(bad + [b for later in _differences(pair, rest) for b in later.bad])
@@ -117,10 +127,17 @@ class _Difference:
     code: Tensor
     statistics: list[float]
     bad: list[str]
+    median: list[float] | None = None
 
 
-def _differences(pair: Pair, slots: Iterable[Slot]) -> Iterator[_Difference]:
-    """Every tensor of the slots in order, read and compared by all cores."""
+def _differences(
+    pair: Pair, slots: Iterable[Slot], medians: Collection[str] = ()
+) -> Iterator[_Difference]:
+    """Every tensor of the slots in order, read and compared by all cores.
+
+    Args:
+        medians: the slots for which T at the median is found as well.
+    """
 
     def difference(item: tuple[Slot, int]) -> _Difference:
         slot, expert = item
@@ -130,7 +147,9 @@ def _differences(pair: Pair, slots: Iterable[Slot]) -> Iterator[_Difference]:
         sound = all(map(math.isfinite, numbers))
         bad = [] if sound else _not_finite(pair, slot, expert, base, donor)
         code = torch.empty(0) if bad else encode(base, donor)
-        return _Difference(slot, expert, code, numbers, bad)
+        wanted = not bad and slot.name in medians
+        median = threshold_sums(donor.float() - base.float()) if wanted else None
+        return _Difference(slot, expert, code, numbers, bad, median)
 
     yield from in_order(
         difference,
@@ -148,12 +167,15 @@ def _not_finite(pair: Pair, slot: Slot, expert: int, base: Tensor, donor: Tensor
     ]
 
 
-def _write_slots(unit: Unit, pair: Pair, slots: Sequence[Slot]) -> list[str]:
+def _write_slots(
+    unit: Unit, pair: Pair, slots: Sequence[Slot], medians: Collection[str]
+) -> list[str]:
     """Encode the slots of a unit; returns the names of tensors that are not finite."""
+    table: list[tuple[str, str, list[float]]] = []
     writers: dict[str, ArrayWriter] = {}
     statistics: dict[str, list[list[float]]] = {}
     bad: list[str] = []
-    for difference in _differences(pair, slots):
+    for difference in _differences(pair, slots, medians):
         slot, code = difference.slot, difference.code
         bad += difference.bad
         if bad:
@@ -165,7 +187,12 @@ def _write_slots(unit: Unit, pair: Pair, slots: Sequence[Slot]) -> list[str]:
             writers[slot.name] = writer
         writers[slot.name][difference.expert if slot.stacked else ...] = code
         statistics.setdefault(slot.array_name, []).append(difference.statistics)
+        if difference.median is not None:
+            name = slot.tensor_name(difference.expert)
+            table.append((name, slot.component, difference.median))
     if not bad:
+        if table:
+            write_table(unit, MEDIANS, THRESHOLD_SUMS, table)
         for name, rows in statistics.items():
             values = torch.tensor(rows, dtype=torch.float64)
             unit.write(f"{name}.stats", values, attributes={"columns": COLUMNS})

@@ -1,24 +1,22 @@
-"""Stage `threshold`: the magnitude m of every tensor's delta above which T keeps it."""
+"""Stage `threshold`: the magnitude m of every tensor's delta above which T keeps it.
 
-import math
+Medians come with the delta, which had both tensors in memory; another density's m is found from
+the stored delta and the base.
+"""
+
 from collections.abc import Iterable
-
-import torch
-from torch import Tensor
 
 from artifacts.ref import Ref
 from artifacts.schema import Schema
 from artifacts.store import Artifact, Draft, Unit
 from artifacts.tables import read_table, write_table
-from crane_tasks.delta import BLOCK, DELTA, IN_FLIGHT, read_delta
+from crane_tasks.delta import DELTA, IN_FLIGHT, MEDIANS, read_delta
 from crane_tasks.models.files.layout import Slot, unit_name
-from crane_tasks.numerics.threshold import keep_above, median_magnitude, top_magnitude
+from crane_tasks.numerics.threshold import THRESHOLD_SUMS, threshold_sums
 from crane_tasks.parallel import in_order, spread_units
 from crane_tasks.session import Context
 from crane_tasks.sizes import gated, sizes_of
 from crane_tasks.stage import Keys, Needs, Stage
-
-COLUMNS = ["threshold", "kept", "numel", "norm", "delta_norm"]
 
 
 def density_scale(density: float | None) -> float:
@@ -54,8 +52,13 @@ THRESHOLD = Stage(
 
 
 def _write_layer(ctx: Context, unit: Unit, delta: Ref, layer: int | None) -> None:
-    slots = dict(ctx.pair().base.layers())[layer]
-    write_table(unit, "tensors", COLUMNS, _rows(ctx, ctx.store.open(delta), gated(slots)))
+    artifact, slots = ctx.store.open(delta), gated(dict(ctx.pair().base.layers())[layer])
+    if ctx.recipe.merge.density is None and artifact.has(unit.name, MEDIANS):
+        table = read_table(artifact, unit.name, MEDIANS)
+        rows = list(zip(table.names, table.components, table.values, strict=True))
+    else:
+        rows = _rows(ctx, artifact, slots)
+    write_table(unit, "tensors", THRESHOLD_SUMS, rows)
 
 
 def _rows(
@@ -63,21 +66,10 @@ def _rows(
 ) -> list[tuple[str, str, list[float]]]:
     base, density = ctx.pair().base, ctx.recipe.merge.density
 
-    def magnitude(change: Tensor) -> Tensor:
-        return median_magnitude(change) if density is None else top_magnitude(change, density)
-
     def row(item: tuple[Slot, int]) -> tuple[str, str, list[float]]:
         slot, expert = item
         change = read_delta(delta, slot, base.read(slot.name, expert), expert)
-        median = float(magnitude(change))
-        kept, kept2, delta2 = 0, 0.0, 0.0
-        for block in torch.split(change.flatten(), BLOCK):
-            above = keep_above(block, median, density_scale(density))
-            kept += int(above.count_nonzero())
-            kept2 += float(above.square().sum())
-            delta2 += float(block.square().sum())
-        values = [median, float(kept), float(change.numel()), math.sqrt(kept2), math.sqrt(delta2)]
-        return slot.tensor_name(expert), slot.component, values
+        return slot.tensor_name(expert), slot.component, threshold_sums(change, density)
 
     return list(
         in_order(

@@ -3,11 +3,16 @@
 T(δ)_i = 2 δ_i  if |δ_i| > m  else 0,   m = the k-th smallest |δ|, k = max(1, n // 2)
 """
 
+import math
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from crane_tasks.numerics.hashing import mixed
+
+THRESHOLD_SUMS = ["threshold", "kept", "numel", "norm", "delta_norm"]
+BLOCK = 2**18  # weights whose passes stay in a core's cache
 
 
 def median_magnitude(delta: Float[Tensor, "..."]) -> Float[Tensor, ""]:
@@ -51,6 +56,23 @@ def keep_above(
         # One vectorised pass; a comparison and `where` take twelve times as long on a CPU.
         return torch.nn.functional.hardshrink(delta, threshold).mul_(scale)
     return torch.where(delta.abs() > threshold, delta * scale, torch.zeros_like(delta))
+
+
+def threshold_sums(delta: Float[Tensor, "..."], density: float | None = None) -> list[float]:
+    """`THRESHOLD_SUMS` of one tensor: m; of T(δ) the number of entries, and its norm; of δ both.
+
+    Args:
+        density: the share that T keeps; by default the half above `median_magnitude`.
+    """
+    m = float(median_magnitude(delta) if density is None else top_magnitude(delta, density))
+    scale = 2.0 if density is None else 1.0 / density
+    kept, kept2, delta2 = 0, 0.0, 0.0
+    for block in torch.split(delta.flatten(), BLOCK):
+        above = keep_above(block, m, scale)
+        kept += int(above.count_nonzero())
+        kept2 += float(above.square().sum())
+        delta2 += float(block.square().sum())
+    return [m, float(kept), float(delta.numel()), math.sqrt(kept2), math.sqrt(delta2)]
 
 
 def drop_at_random(
