@@ -99,6 +99,20 @@ def _published(name: str, values: Tensor) -> dict[str, Tensor]:
     return found
 
 
+def expert_names(name: str, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, ...]]]:
+    """The names and shapes that published checkpoints have for a module's parameter."""
+    place, _, last = name.rpartition(".experts.")
+    if not place or last not in ("gate_up_proj", "down_proj"):
+        return [(name, shape)]
+    parts = ["down_proj"] if last == "down_proj" else ["gate_proj", "up_proj"]
+    each = (shape[1] // len(parts), shape[2])
+    return [
+        (f"{place}.experts.{expert}.{part}.weight", each)
+        for expert in range(shape[0])
+        for part in parts
+    ]
+
+
 @cache
 def made_up_delta(shape: tuple[int, ...], device: torch.device) -> Tensor:
     """A delta for some tensors of one shape; made once."""
