@@ -63,7 +63,13 @@ class Unit:
         """A new array, to be filled by index."""
         self._arrays[name] = str(dtype).removeprefix("torch.")
         return create_array(
-            self._group, name, shape, dtype, stacked=stacked, attributes=attributes or {}
+            self._group,
+            self._folder,
+            name,
+            shape,
+            dtype,
+            stacked=stacked,
+            attributes=attributes or {},
         )
 
     def write(

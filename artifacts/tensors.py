@@ -7,6 +7,7 @@ file, so every chunk's size and checksum are recorded, and compared before it is
 
 import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from zarr.codecs import BytesCodec, Crc32cCodec
 from artifacts.errors import DamagedArtifact
 
 CHUNK_BYTES = 128 * 2**20
+FLUSHED_AT_ONCE = 8  # files: each waits for the disk
 CRC_BYTES = 4  # the crc32c codec appends the checksum to the chunk
 
 _AS_BITS = {torch.bfloat16: torch.uint16, torch.float16: torch.uint16}
@@ -59,18 +61,57 @@ def dimension_names(shape: Sequence[int], stacked: bool) -> list[str]:
 
 @dataclass
 class ArrayWriter:
-    """A Zarr array being filled, one index along the first axis or all at once."""
+    """A Zarr array being filled, one index along the first axis or all at once.
+
+    Chunks are written as Zarr's bytes and crc32c codecs do, by any number of threads at once: of
+    a large array most of the time through Zarr is its bookkeeping, on one thread.
+    """
 
     array: zarr.Array[Any]
+    folder: Path
     bits: torch.dtype | None
+    stacked: bool
 
     def __setitem__(self, index: Any, tensor: Tensor) -> None:
         data = tensor.detach().cpu().contiguous()
-        self.array[index] = (data.view(self.bits) if self.bits else data).numpy()
+        values: Any = (data.view(self.bits) if self.bits else data).numpy()
+        if self.array.size == 0:
+            return
+        if not self.stacked:
+            self._write((), values.reshape(self.array.shape))
+        elif index is ...:
+            for number, one in enumerate(values):
+                self._write((number,), one)
+        else:
+            self._write((index,), values)
+
+    def _write(self, lead: tuple[int, ...], values: Any) -> None:
+        """The chunks of one tensor: rows of it, whole; the last one filled up beyond its end."""
+        step = self.array.chunks[len(lead)] if values.ndim else 1
+        for number, first in enumerate(range(0, len(values) if values.ndim else 1, step)):
+            rows = values[first : first + step] if values.ndim else values
+            if values.ndim and len(rows) < step:
+                whole = np.full((step, *values.shape[1:]), self.array.fill_value, values.dtype)
+                whole[: len(rows)] = rows
+                rows = whole
+            places = (*lead, number, *[0] * (values.ndim - 1)) if values.ndim else lead
+            _write_chunk(self.folder.joinpath("c", *map(str, places)), rows)
+
+
+def _write_chunk(file: Path, values: Any) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    content = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+    crc = int(google_crc32c.value(content)).to_bytes(CRC_BYTES, "little")
+    with file.open("wb", buffering=0) as stream:
+        view = memoryview(content.data)
+        while view:
+            view = view[stream.write(view) :]
+        stream.write(crc)
 
 
 def create_array(
     group: "zarr.Group",
+    folder: Path,
     name: str,
     shape: tuple[int, ...],
     dtype: torch.dtype,
@@ -78,7 +119,11 @@ def create_array(
     stacked: bool,
     attributes: dict[str, Any],
 ) -> ArrayWriter:
-    """A new array for tensors of `shape` and `dtype`; `stacked` if axis 0 is the expert."""
+    """A new array for tensors of `shape` and `dtype`; `stacked` if axis 0 is the expert.
+
+    Args:
+        folder: of the group.
+    """
     bits = _AS_BITS.get(dtype)
     stored = np.dtype(str(bits or dtype).removeprefix("torch."))
     array = group.create_array(
@@ -96,7 +141,7 @@ def create_array(
         config={"write_empty_chunks": True},
         overwrite=True,
     )
-    return ArrayWriter(array, bits)
+    return ArrayWriter(array, folder / name, bits, stacked)
 
 
 def chunk_files(folder: Path) -> list[Path]:
@@ -123,12 +168,16 @@ def _trailing_crc(file: Path) -> str:
 
 def record_chunks(folder: Path) -> ChunkRecord:
     """Size and checksum of each chunk just written, flushed to the disk."""
-    record: ChunkRecord = {}
-    for file in chunk_files(folder):
+
+    def flushed(file: Path) -> tuple[int, str]:
         with file.open("rb+") as stream:
             os.fsync(stream.fileno())
-        record[file.relative_to(folder).as_posix()] = (file.stat().st_size, _trailing_crc(file))
-    return record
+        return file.stat().st_size, _trailing_crc(file)
+
+    files = chunk_files(folder)
+    with ThreadPoolExecutor(FLUSHED_AT_ONCE) as pool:
+        found = pool.map(flushed, files)
+        return {f.relative_to(folder).as_posix(): r for f, r in zip(files, found, strict=True)}
 
 
 def check_chunks(folder: Path, record: ChunkRecord) -> None:

@@ -5,7 +5,7 @@ and delta give back the donor bit by bit. The bf16 difference would not: it roun
 """
 
 import math
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -120,36 +120,41 @@ def _refuse(bad: list[str]) -> None:
 
 @dataclass(frozen=True)
 class _Difference:
-    """One tensor's stored delta and its statistics, or why there is none."""
+    """What is known of one tensor's delta, or why there is none."""
 
     slot: Slot
     expert: int
-    code: Tensor
     statistics: list[float]
     bad: list[str]
     median: list[float] | None = None
 
 
+# Takes a tensor's delta in its stored form, on any thread.
+Take = Callable[[Slot, int, Tensor], None]
+
+
 def _differences(
-    pair: Pair, slots: Iterable[Slot], medians: Collection[str] = ()
+    pair: Pair, slots: Iterable[Slot], take: Take | None = None, medians: Collection[str] = ()
 ) -> Iterator[_Difference]:
-    """Every tensor of the slots in order, read and compared by all cores.
+    """Every tensor of the slots in order, read, compared and handed on by all cores.
 
     Args:
+        take: gets every delta; if left out, none is made.
         medians: the slots for which T at the median is found as well.
     """
 
     def difference(item: tuple[Slot, int]) -> _Difference:
         slot, expert = item
         base, donor = pair.base.read(slot.name, expert), pair.donor_tensor(slot.name, expert)
-        numbers = _statistics(base, donor)
+        change, numbers = _compared(base, donor)
         # Large finite weights can overflow the squares: only then every weight is looked at.
         sound = all(map(math.isfinite, numbers))
         bad = [] if sound else _not_finite(pair, slot, expert, base, donor)
-        code = torch.empty(0) if bad else encode(base, donor)
+        if take is not None and not bad:
+            take(slot, expert, encode(base, donor))
         wanted = not bad and slot.name in medians
-        median = threshold_sums(donor.float() - base.float()) if wanted else None
-        return _Difference(slot, expert, code, numbers, bad, median)
+        median = threshold_sums(change) if wanted else None
+        return _Difference(slot, expert, numbers, bad, median)
 
     yield from in_order(
         difference,
@@ -172,20 +177,18 @@ def _write_slots(
 ) -> list[str]:
     """Encode the slots of a unit; returns the names of tensors that are not finite."""
     table: list[tuple[str, str, list[float]]] = []
-    writers: dict[str, ArrayWriter] = {}
+    writers = {slot.name: _writer(unit, pair, slot) for slot in slots}
+
+    def take(slot: Slot, expert: int, code: Tensor) -> None:
+        writers[slot.name][expert if slot.stacked else ...] = code
+
     statistics: dict[str, list[list[float]]] = {}
     bad: list[str] = []
-    for difference in _differences(pair, slots, medians):
-        slot, code = difference.slot, difference.code
+    for difference in _differences(pair, slots, take, medians):
+        slot = difference.slot
         bad += difference.bad
         if bad:
             continue
-        if slot.name not in writers:
-            count = len(pair.base.pieces[slot.name])
-            shape = (count, *code.shape) if slot.stacked else tuple(code.shape)
-            writer = unit.create(slot.array_name, shape, code.dtype, stacked=slot.stacked)
-            writers[slot.name] = writer
-        writers[slot.name][difference.expert if slot.stacked else ...] = code
         statistics.setdefault(slot.array_name, []).append(difference.statistics)
         if difference.median is not None:
             name = slot.tensor_name(difference.expert)
@@ -199,19 +202,29 @@ def _write_slots(
     return bad
 
 
-def _statistics(base: Tensor, donor: Tensor) -> list[float]:
-    """`COLUMNS`; summed in float32 within blocks, and in float64 across them."""
+def _writer(unit: Unit, pair: Pair, slot: Slot) -> ArrayWriter:
+    """The array of a slot's stored delta."""
+    pieces = pair.base.pieces[slot.name]
+    ours, theirs = pieces[0].dtype, pair.donor_dtype(slot.name)
+    # Of nothing: what its dtype is depends on the two sides' alone.
+    dtype = encode(torch.empty(0, dtype=ours), torch.empty(0, dtype=theirs)).dtype
+    shape = (len(pieces), *pieces[0].shape) if slot.stacked else pieces[0].shape
+    return unit.create(slot.array_name, shape, dtype, stacked=slot.stacked)
+
+
+def _compared(base: Tensor, donor: Tensor) -> tuple[Tensor, list[float]]:
+    """δ in float32 and its `COLUMNS`; summed in float32 within blocks, in float64 across them."""
+    change = torch.empty(base.numel())
     sums = torch.zeros(3, dtype=torch.float64)
     largest = 0.0
-    for ours, theirs in zip(
-        torch.split(base.flatten(), BLOCK), torch.split(donor.flatten(), BLOCK), strict=True
-    ):
+    blocks = (torch.split(tensor.flatten(), BLOCK) for tensor in (base, donor, change))
+    for ours, theirs, delta in zip(*blocks, strict=True):
         ours, theirs = ours.float(), theirs.float()
-        delta = theirs - ours
+        torch.sub(theirs, ours, out=delta)
         sums += torch.stack([x.square().sum() for x in (delta, ours, theirs)])
         low, high = delta.aminmax()
         largest = max(largest, -float(low), float(high))
-    return [*sums.tolist(), largest, float(base.numel())]
+    return change, [*sums.tolist(), largest, float(base.numel())]
 
 
 def encode(base: Tensor, donor: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ T(δ)_i = 2 δ_i  if |δ_i| > m  else 0,   m = the k-th smallest |δ|, k = max(1
 
 import math
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -69,7 +70,8 @@ def threshold_sums(delta: Float[Tensor, "..."], density: float | None = None) ->
     kept, kept2, delta2 = 0, 0.0, 0.0
     for block in torch.split(delta.flatten(), BLOCK):
         above = keep_above(block, m, scale)
-        kept += int(above.count_nonzero())
+        # Several times as fast as torch's own on a CPU.
+        kept += int(np.count_nonzero(above.cpu().numpy()))
         kept2 += float(above.square().sum())
         delta2 += float(block.square().sum())
     return [m, float(kept), float(delta.numel()), math.sqrt(kept2), math.sqrt(delta2)]

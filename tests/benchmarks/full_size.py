@@ -196,9 +196,8 @@ class Watch:
             thread.join()
         on_device = torch.cuda.max_memory_allocated() if cuda else 0
         self.rows.append((title, seconds, on_device, peak[0]))
-        say(
-            f"{title:<28} {seconds:8.1f} s  {on_device / GB:6.1f} GB GPU  {peak[0] / GB:6.1f} GB host"
-        )
+        held = f"{on_device / GB:6.1f} GB GPU  {peak[0] / GB:6.1f} GB host"
+        say(f"{title:<28} {seconds:8.1f} s  {held}")
 
     def call(self, stage: Stage, ctx: Context, keys: Keys) -> Built:
         """Run a stage."""
@@ -211,8 +210,7 @@ class Watch:
 
 
 def copying(folder: Path, store: Path, output: Path) -> float:
-    """Seconds to read both checkpoints twice and to write their size twice, by all cores: from a
-    quarter of the files."""
+    """Seconds to read both checkpoints twice and write their size twice, from a quarter of it."""
     files = sorted(folder.glob("*/*.safetensors"))[::4]
     whole = sum(f.stat().st_size for f in folder.glob("*/*.safetensors"))
     part = sum(f.stat().st_size for f in files)
@@ -265,8 +263,8 @@ def main() -> None:
     with watch.over("writing the pair"):
         size = write_pair(config_of(asked.kind, asked.layers), folder, asked.device)
     write_rows(folder)
-    say(f"{asked.kind}, {asked.layers} layers, {size / GB:.1f} GB a side; {name}, "
-        f"{os.cpu_count()} cores, {psutil.virtual_memory().total / GB:.0f} GB of memory")  # fmt: skip
+    machine = f"{os.cpu_count()} cores, {psutil.virtual_memory().total / GB:.0f} GB of memory"
+    say(f"{asked.kind}, {asked.layers} layers, {size / GB:.1f} GB a side; {name}, {machine}")
     store = Store(folder / "store")
     store.prepare()
     output.mkdir(exist_ok=True)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from crane_tasks.errors import CheckpointError
-from crane_tasks.models.files.checkpoint import EMBEDDING, HEAD, Checkpoint
+from crane_tasks.models.files.checkpoint import EMBEDDING, HEAD, Checkpoint, Piece
 from crane_tasks.models.files.wording import listed
 
 
@@ -42,16 +42,23 @@ class Pair:
         Rows that the donor lacks are the base's, rows that the base lacks are left out. In its
         stored dtype; float32 where rows of another dtype are put below it.
         """
-        head = slot == HEAD
-        theirs = self.donor.pieces[
-            EMBEDDING if head and (self.base.tied or self.donor.tied) else slot
-        ][expert]
-        ours = self.base.pieces[EMBEDDING if head and self.base.tied else slot][expert]
+        ours, theirs = self._pieces(slot, expert)
         if theirs.shape == ours.shape:
             return theirs.read()
-        common = min(theirs.shape[0], ours.shape[0])
-        dtype = theirs.dtype if theirs.dtype == ours.dtype else torch.float32
+        common, dtype = min(theirs.shape[0], ours.shape[0]), self.donor_dtype(slot)
         return torch.cat([theirs.read(0, common).to(dtype), ours.read(common).to(dtype)])
+
+    def donor_dtype(self, slot: str) -> torch.dtype:
+        """The dtype of the donor's tensors of a slot, as `donor_tensor` gives them."""
+        ours, theirs = self._pieces(slot, 0)
+        alike = theirs.shape == ours.shape or theirs.dtype == ours.dtype
+        return theirs.dtype if alike else torch.float32
+
+    def _pieces(self, slot: str, expert: int) -> tuple[Piece, Piece]:
+        head = slot == HEAD
+        theirs = EMBEDDING if head and (self.base.tied or self.donor.tied) else slot
+        ours = EMBEDDING if head and self.base.tied else slot
+        return self.base.pieces[ours][expert], self.donor.pieces[theirs][expert]
 
     def _require_match(self) -> None:
         base, donor = self.base, self.donor
