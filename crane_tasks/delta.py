@@ -17,6 +17,7 @@ from artifacts.tables import write_table
 from artifacts.tensors import ArrayWriter
 from crane_tasks.errors import CheckpointError
 from crane_tasks.models.check import check_pair, refuse_equal
+from crane_tasks.models.files.checkpoint import Checkpoint
 from crane_tasks.models.files.layout import Slot, unit_name
 from crane_tasks.models.files.pair import Pair
 from crane_tasks.models.files.safetensors_io import byte_view
@@ -32,6 +33,8 @@ COLUMNS = ["delta2", "base2", "donor2", "max_abs", "numel"]
 # Bytes of base tensors that are worked on at a time; a few times that is in memory.
 IN_FLIGHT = 128 * 2**20
 BLOCK = 2**18  # weights whose passes stay in a core's cache
+# Of weights that are read ahead for a GPU: bytes, and threads.
+AHEAD, READERS = 2**30, 8
 # A unit's table of what T at the median does to each tensor, made while the tensors are there.
 # Artifacts from before have none.
 MEDIANS = "medians"
@@ -269,10 +272,53 @@ def read_statistics(artifact: Artifact, slot: Slot) -> list[dict[str, float]]:
     return [dict(zip(COLUMNS, row, strict=True)) for row in rows]
 
 
-def read_stacked_delta(artifact: Artifact, slot: Slot, base: Tensor, experts: slice) -> Tensor:
-    """The float32 delta of some experts of a slot, on the device of `base` [n, out, in].
+def read_stacks(
+    artifact: Artifact, base: Checkpoint, parts: Iterable[tuple[Slot, slice]], device: torch.device
+) -> Iterator[tuple[Slot, slice, Tensor, Tensor]]:
+    """Weights of the base as stored and δ in float32 of some experts of slots, [n, out, in] each,
+    on a device. A plain tensor is a stack of one.
 
-    A plain tensor is a stack of one.
+    A GPU need not wait for the files: they are read ahead by threads, into page-locked memory.
     """
-    code = artifact.read(slot.unit, slot.array_name, experts if slot.stacked else ...)
-    return decode(base, code.to(base.device).reshape(base.shape))
+    ahead = device.type == "cuda"
+
+    def read(part: tuple[Slot, slice]) -> tuple[Slot, slice, Tensor, Tensor]:
+        slot, experts = part
+        weight = base.read_stack(slot.name, experts, pinned=ahead)
+        return slot, experts, weight, _read_codes(artifact, slot, weight, experts, pinned=ahead)
+
+    def nbytes(part: tuple[Slot, slice]) -> int:
+        slot, experts = part
+        return sum(piece.span.count for piece in base.pieces[slot.name][experts])
+
+    found = (
+        in_order(read, parts, nbytes=nbytes, budget=AHEAD, threads=READERS)
+        if ahead
+        else map(read, parts)
+    )
+    for slot, experts, weight, codes in found:
+        there = weight.to(device, non_blocking=True)
+        yield slot, experts, there, decode(there, codes.to(device, non_blocking=True))
+
+
+def _read_codes(
+    artifact: Artifact, slot: Slot, weight: Tensor, experts: slice, *, pinned: bool
+) -> Tensor:
+    """The stored form of a stack [n, out, in]."""
+    dtype = artifact.dtype(slot.unit, slot.array_name)
+    count = weight[0].numel()
+    out = torch.empty((len(weight), count), dtype=dtype, pin_memory=pinned)
+    for number, row in zip(range(experts.start, experts.stop), out, strict=True):
+        at = 0
+        for chunk in artifact.row_chunks(
+            slot.unit, slot.array_name, number if slot.stacked else None
+        ):
+            values = chunk.nbytes // dtype.itemsize
+            if at + values <= count:
+                chunk.read_into(byte_view(row[at : at + values]))
+            else:  # the last chunk is filled up beyond the tensor's end
+                whole = torch.empty(values, dtype=dtype)
+                chunk.read_into(byte_view(whole))
+                row[at:] = whole[: count - at]
+            at += values
+    return out.view(weight.shape)

@@ -67,6 +67,13 @@ class Editor:
             return False
         return not bool(self.row_factors[slot.component][first:last].any())
 
+    def moves(self, name: str) -> bool:
+        """Whether anything of a slot can be other than the base's."""
+        slot = self.base.slots.get(name)
+        if slot is None or slot.component not in PLAIN:
+            return slot is not None  # what is only carried has no slot
+        return bool(self.row_factors[slot.component].any())
+
     def routed(self, slot: Slot) -> bool:
         """Whether every expert of the slot has a projector of its own."""
         return slot.site is not None and slot.site.side == "routed"

@@ -17,7 +17,7 @@ from torch import Tensor
 from artifacts.schema import Schema
 from artifacts.store import Artifact, Draft
 from crane_tasks.apply.editor import SLERP_SHARE
-from crane_tasks.delta import DELTA, read_stacked_delta
+from crane_tasks.delta import DELTA, read_stacks
 from crane_tasks.edit import OpenEdit, edit_of, edit_stages, not_of_edit, open_edit
 from crane_tasks.models.files.layout import Slot, layer_of_unit, unit_name
 from crane_tasks.parts import OpenSpectral
@@ -84,10 +84,10 @@ def _slot_sums(
     projection = _spectral(edit)
     site = projection.site(slot, width) if projection else None
     routed = site is not None and site.side == "routed"
-    for experts in portions(base, slot):
-        weight = base.read_stack(slot.name, experts).to(device)
+    wanted = ((slot, experts) for experts in portions(base, slot))
+    for _, experts, _, change in read_stacks(delta, base, wanted, device):
         numbers = range(experts.start, experts.stop)
-        step = edit.kept(slot, numbers, 0, read_stacked_delta(delta, slot, weight, experts))
+        step = edit.kept(slot, numbers, 0, change)
         grads = [
             read_gradient(gradients, k, slot, experts if slot.stacked else None)
             .to(device)

@@ -51,14 +51,14 @@ def merged_rows(
 
 
 def overlay_of(editor: Editor) -> Overlay:
-    """What one editor makes of a slot."""
+    """What one editor makes of the base."""
     pipeline = Pipeline(editor, on_host=False)
 
-    def edit(name: str) -> Iterator[tuple[int, int, Tensor]]:
+    def pieces(name: str) -> Iterator[tuple[int, int, Tensor]]:
         for expert, first, (rows,) in merged_rows([editor], pipeline, name):
             yield expert, first, rows
 
-    return edit
+    return Overlay(pieces, editor.moves)
 
 
 def write_point(ctx: Context, keys: Keys, draft: Draft) -> None:

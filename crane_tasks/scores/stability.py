@@ -16,7 +16,7 @@ from artifacts.schema import Schema
 from artifacts.store import Artifact, Draft
 from crane_tasks.calibration.sets import TokenSet, read_set
 from crane_tasks.calibration.stages import AGENT, REASONING
-from crane_tasks.delta import DELTA, read_stacked_delta
+from crane_tasks.delta import DELTA, read_stacks
 from crane_tasks.errors import RecipeError
 from crane_tasks.models.files.layout import Slot, unit_name
 from crane_tasks.models.walk.gradients import Gradients, GradientWalk
@@ -157,18 +157,14 @@ def _write_layer(
     weights = [hands[name].weights().to(device) for name in SETS]
     gains: dict[str, Tensor] = {}
     squares: dict[str, Tensor] = {}
-    for slot in slots:
-        for experts in portions(base, slot):
-            weight = base.read_stack(slot.name, experts).to(device)
-            step = read_stacked_delta(delta, slot, weight, experts)
-            chosen = experts if slot.stacked else slice(None)
-            g_r, g_a = (
-                [g[slot.name][chosen].to(device).flatten() for g in gradients[n]] for n in SETS
-            )
-            found = union_gains(step.flatten(), g_r, g_a, *weights)
-            square = weight.float().square().sum(dtype=torch.float64)
-            gains[slot.component] = gains.get(slot.component, 0) + found
-            squares[slot.component] = squares.get(slot.component, 0) + square
+    wanted = ((slot, experts) for slot in slots for experts in portions(base, slot))
+    for slot, experts, weight, step in read_stacks(delta, base, wanted, device):
+        chosen = experts if slot.stacked else slice(None)
+        g_r, g_a = ([g[slot.name][chosen].to(device).flatten() for g in gradients[n]] for n in SETS)
+        found = union_gains(step.flatten(), g_r, g_a, *weights)
+        square = weight.float().square().sum(dtype=torch.float64)
+        gains[slot.component] = gains.get(slot.component, 0) + found
+        squares[slot.component] = squares.get(slot.component, 0) + square
     with draft.unit(unit_name(layer)) as unit:
         names = {"components": list(gains)}
         unit.write("gains", torch.stack(list(gains.values())).cpu(), attributes=names)

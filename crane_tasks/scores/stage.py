@@ -16,7 +16,7 @@ from artifacts.store import Artifact, Draft
 from artifacts.tables import write_table
 from crane_tasks.calibration.sets import read_set
 from crane_tasks.calibration.stages import AGENT, REASONING
-from crane_tasks.delta import DELTA, read_stacked_delta
+from crane_tasks.delta import DELTA, read_stacks
 from crane_tasks.errors import BadInput, RecipeError
 from crane_tasks.models.files.checkpoint import Checkpoint
 from crane_tasks.models.files.layout import Slot, unit_name
@@ -248,15 +248,13 @@ def _write_unit(
     base, device = ctx.pair().base, ctx.torch_device
     parts: list[Tensor] = []
     names: list[tuple[str, str]] = []
-    for slot in slots:
-        for experts in portions(base, slot):
-            weight = base.read_stack(slot.name, experts).to(device)
-            step = read_stacked_delta(delta, slot, weight, experts)
-            grads = [gradient(k, slot, experts if slot.stacked else None) for k in SETS]
-            g_r, g_a = (g.to(device).reshape(weight.shape) for g in grads)
-            parts.append(stacked_gain_sums(weight, step, g_r, g_a))
-            numbers = range(experts.start, experts.stop)
-            names += [(slot.tensor_name(e), slot.component) for e in numbers]
+    wanted = ((slot, experts) for slot in slots for experts in portions(base, slot))
+    for slot, experts, weight, step in read_stacks(delta, base, wanted, device):
+        grads = [gradient(k, slot, experts if slot.stacked else None) for k in SETS]
+        g_r, g_a = (g.to(device).reshape(weight.shape) for g in grads)
+        parts.append(stacked_gain_sums(weight, step, g_r, g_a))
+        numbers = range(experts.start, experts.stop)
+        names += [(slot.tensor_name(e), slot.component) for e in numbers]
     # Once per unit: a device is not to wait in between.
     sums = torch.cat(parts).tolist() if parts else []
     rows = [(*name, row) for name, row in zip(names, sums, strict=True)]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from crane_tasks.models.decoding.greedy import decode_greedily, load_resident
 from crane_tasks.models.files.checkpoint import Checkpoint
-from crane_tasks.models.walk.losses import Item, item_losses
+from crane_tasks.models.walk.losses import Item, item_losses, losses_of_models
 from crane_tasks.models.walk.overlay import Overlay
 from crane_tasks.models.walk.pace import WalkStep
 from crane_tasks.models.walk.stream import LayerStream
@@ -46,7 +46,7 @@ def towards(donor: Path) -> Overlay:
             yield expert, 0, piece.read(0, half)
             yield expert, half, piece.read(half, piece.shape[0])
 
-    return edit
+    return Overlay(edit)
 
 
 def in_memory(stream: LayerStream) -> dict[str, Tensor]:
@@ -134,9 +134,9 @@ def test_every_bit_is_back_after_an_edit_and_after_a_failure(
         calls.append(slot)
         if len(calls) == 8:
             raise Stopped
-        return edit(slot)
+        return edit.pieces(slot)
 
-    with pytest.raises(Stopped), stream.edited(failing):
+    with pytest.raises(Stopped), stream.edited(Overlay(failing)):
         item_losses(stream, ITEMS, quiet)
     assert same(in_memory(stream), in_memory(fresh))
     with pytest.raises(Stopped), stream.edited(edit):
@@ -170,3 +170,28 @@ def test_a_tied_head_and_its_embedding_are_one_tensor(pairs: Pairs, tmp_path: Pa
         with stream.whole() as model:
             head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
             assert head.weight.data_ptr() == embedding.weight.data_ptr()
+
+
+@pytest.mark.parametrize("resident", [True, False])
+@pytest.mark.parametrize("architecture", ["qwen3", "qwen3_moe"])
+def test_models_that_share_a_walk_lose_what_they_do_alone(
+    architecture: str, resident: bool, pairs: Pairs
+) -> None:
+    """The base itself beside the donor, and afterwards the walk is the base's."""
+    pair = pairs(architecture)
+    stream = opened(pair.base, resident)
+    own, edits = item_losses(stream, ITEMS, quiet), [towards(pair.base), towards(pair.donor)]
+    before = in_memory(stream)
+
+    def together(slot: str) -> Iterable[tuple[int, int, list[Tensor]]]:
+        for (expert, first, ours), (_, _, theirs) in zip(
+            *(edit.pieces(slot) for edit in edits), strict=True
+        ):
+            yield expert, first, [ours, theirs]
+
+    found = losses_of_models(stream, [ITEMS], edits, together, quiet)
+    assert found[0][0][0] == own[0]
+    assert found[1][0][0] == item_losses(opened(pair.donor), ITEMS, quiet)[0] != own[0]
+    assert same(in_memory(stream), before)
+    with stream.edited(edits[1], layers=False), pytest.raises(AssertionError, match="layers"):
+        item_losses(stream, ITEMS, quiet)

@@ -14,6 +14,7 @@ from crane_tasks.models.files.checkpoint import Checkpoint
 from crane_tasks.models.walk.activations import Sums, walk_activations
 from crane_tasks.models.walk.gradients import Gradients, GradientWalk
 from crane_tasks.models.walk.losses import Item, item_losses
+from crane_tasks.models.walk.overlay import Overlay
 from crane_tasks.models.walk.states import States
 from crane_tasks.models.walk.stream import LayerStream
 from crane_tasks.numerics.projector import basis_from_gram, gram, project, protection
@@ -209,7 +210,7 @@ def test_an_edit_is_laid_over_on_the_device_and_taken_off_again(
     own, wanted = losses(stream), losses(other)
     assert own != wanted
     for _ in range(2):
-        with stream.edited(edit):
+        with stream.edited(Overlay(edit)):
             assert losses(stream) == wanted
             if resident:
                 assert answers(stream) == answers(other)

@@ -107,7 +107,7 @@ def test_the_tensors_laid_over_are_those_that_are_written(
     written = load_tensors(tmp_path / "out")
     for name, slot in editor.base.slots.items():
         found: dict[int, list[torch.Tensor]] = {}
-        for expert, first, rows in overlay_of(editor)(name):
+        for expert, first, rows in overlay_of(editor).pieces(name):
             assert first == sum(len(r) for r in found.get(expert, []))
             found.setdefault(expert, []).append(rows.clone())
         for expert, pieces in found.items():

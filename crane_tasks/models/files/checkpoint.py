@@ -148,10 +148,14 @@ class Checkpoint:
         """One tensor of a slot in its stored dtype."""
         return self.pieces[slot][expert].read()
 
-    def read_stack(self, slot: str, experts: slice) -> Tensor:
-        """Some experts of a slot, [n, out, in], in their stored dtype; [1, ...] of a plain one."""
+    def read_stack(self, slot: str, experts: slice, *, pinned: bool = False) -> Tensor:
+        """Some experts of a slot, [n, out, in], in their stored dtype; [1, ...] of a plain one.
+
+        `pinned`: in page-locked memory.
+        """
         pieces = self.pieces[slot][experts]
-        out = torch.empty((len(pieces), *pieces[0].shape), dtype=pieces[0].dtype)
+        shape = (len(pieces), *pieces[0].shape)
+        out = torch.empty(shape, dtype=pieces[0].dtype, pin_memory=pinned)
         for row, piece in zip(out, pieces, strict=True):
             read_span(piece.span, byte_view(row))
         return out

@@ -1,6 +1,7 @@
 """Other weights laid over a checkpoint's, slot by slot, and its own ones put back."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -8,17 +9,32 @@ from torch import Tensor
 from crane_tasks.models.files.checkpoint import Checkpoint
 from crane_tasks.models.walk.loading import Loader
 
-# The edited tensors of a slot as they would be stored, in pieces: (expert, first row, rows).
-Overlay = Callable[[str], Iterable[tuple[int, int, Tensor]]]
 # Several edits' of one slot at once: (expert, first row, rows by each of them).
 Overlays = Callable[[str], Iterable[tuple[int, int, Sequence[Tensor]]]]
 
 
+@dataclass(frozen=True)
+class Overlay:
+    """What an edit makes of a checkpoint.
+
+    Attributes:
+        pieces: the edited tensors of a slot as they would be stored: (expert, first row, rows).
+        moves: whether a slot is to be overwritten at all.
+    """
+
+    pieces: Callable[[str], Iterable[tuple[int, int, Tensor]]]
+    moves: Callable[[str], bool] = lambda slot: True
+
+
 def lay_over(checkpoint: Checkpoint, edit: Overlay, weights: Mapping[str, Tensor]) -> None:
     """Overwrite weights, by the model's names for them, by what the edit makes of their slots."""
-    lay_all_over(
-        checkpoint, lambda slot: ((e, first, [rows]) for e, first, rows in edit(slot)), [weights]
-    )
+
+    def pieces(slot: str) -> Iterable[tuple[int, int, list[Tensor]]]:
+        return ((expert, first, [rows]) for expert, first, rows in edit.pieces(slot))
+
+    slots_of = checkpoint.slots_of
+    moved = {n: w for n, w in weights.items() if any(map(edit.moves, slots_of(n)))}
+    lay_all_over(checkpoint, pieces, [moved])
 
 
 def lay_all_over(

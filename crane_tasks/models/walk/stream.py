@@ -230,6 +230,8 @@ class LayerStream:
         """
         assert self._edit is None, "one edit at a time"
         self._edit, self._edits_layers = edit, layers
+        # A few tensors are copied, for all of a model that would take its size again.
+        own = {} if layers else self._copies()
         try:
             self._let_go()
             for group in self._in_memory(layers=layers):
@@ -238,8 +240,21 @@ class LayerStream:
         finally:
             self._edit, self._edits_layers = None, True
             self._let_go()
-            own = self._in_memory(layers=layers)
-            read_again(self.checkpoint, own, self.device, self.compute)
+            self._put_back(own, layers=layers)
+
+    def _put_back(self, own: dict[str, Tensor], *, layers: bool) -> None:
+        """The checkpoint's bits into the weights in memory: copied, or read again."""
+        late: list[dict[str, Tensor]] = []
+        for group in self._in_memory(layers=layers):
+            for name in group.keys() & own.keys():
+                group[name].copy_(own[name])
+            late.append({n: tensor for n, tensor in group.items() if n not in own})
+        read_again(self.checkpoint, filter(None, late), self.device, self.compute)
+
+    def _copies(self) -> dict[str, Tensor]:
+        """The bits of the weights outside the layers that are in memory."""
+        groups = self._in_memory(layers=False)
+        return {name: tensor.clone() for group in groups for name, tensor in group.items()}
 
     def _let_go(self) -> None:
         """Drop the layers that are loaded again for each turn anyway."""
