@@ -4,9 +4,7 @@ Stored is the difference of the bit patterns modulo 2^16 (2^32 for float32), fro
 and delta give back the donor bit by bit. The bf16 difference would not: it rounds.
 """
 
-import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -15,6 +13,7 @@ from artifacts.schema import Schema
 from artifacts.store import Artifact, Draft, Unit
 from artifacts.tables import write_table
 from artifacts.tensors import ArrayWriter
+from crane_tasks.differences import COLUMNS, differences
 from crane_tasks.errors import CheckpointError
 from crane_tasks.models.check import check_pair, refuse_equal
 from crane_tasks.models.files.checkpoint import Checkpoint
@@ -22,24 +21,19 @@ from crane_tasks.models.files.layout import Slot, unit_name
 from crane_tasks.models.files.pair import Pair
 from crane_tasks.models.files.safetensors_io import byte_view
 from crane_tasks.models.files.wording import listed
-from crane_tasks.numerics.threshold import THRESHOLD_SUMS, threshold_sums
+from crane_tasks.numerics.bits import decode, encode
+from crane_tasks.numerics.threshold import THRESHOLD_SUMS
 from crane_tasks.pairing import pair_notes
 from crane_tasks.parallel import in_order, spread_units
 from crane_tasks.session import Context
 from crane_tasks.sizes import gated, sizes_of
 from crane_tasks.stage import BASE, DONOR, Keys, Needs, Stage
 
-COLUMNS = ["delta2", "base2", "donor2", "max_abs", "numel"]
-# Bytes of base tensors that are worked on at a time; a few times that is in memory.
-IN_FLIGHT = 128 * 2**20
-BLOCK = 2**18  # weights whose passes stay in a core's cache
 # Of weights that are read ahead for a GPU: bytes, and threads.
 AHEAD, READERS = 2**30, 8
 # A unit's table of what T at the median does to each tensor, made while the tensors are there.
 # Artifacts from before have none.
 MEDIANS = "medians"
-_SIGNED = {2: torch.int16, 4: torch.int32}
-_UNSIGNED = {2: torch.uint16, 4: torch.uint32}
 
 
 def write_delta(ctx: Context, keys: Keys, draft: Draft) -> None:
@@ -109,10 +103,12 @@ def _write_layer(ctx: Context, unit: Unit, layer: int | None) -> None:
     unit.meta["layer"] = layer
     # Another density's m is no median; the stage `threshold` finds it by itself.
     medians = [] if ctx.recipe.merge.density is not None else gated(groups[layer])
-    if bad := _write_slots(unit, pair, groups[layer], {slot.name for slot in medians}):
+    wanted = {slot.name for slot in medians}
+    if bad := _write_slots(unit, pair, groups[layer], wanted, ctx.torch_device):
         order = list(groups)
         rest = [slot for next_ in order[order.index(layer) + 1 :] for slot in groups[next_]]
-        _refuse(bad + [b for later in _differences(pair, rest) for b in later.bad])
+        later = differences(pair, rest, ctx.torch_device)
+        _refuse(bad + [b for difference in later for b in difference.bad])
 
 
 def _refuse(bad: list[str]) -> None:
@@ -121,62 +117,12 @@ def _refuse(bad: list[str]) -> None:
     )
 
 
-@dataclass(frozen=True)
-class _Difference:
-    """What is known of one tensor's delta, or why there is none."""
-
-    slot: Slot
-    expert: int
-    statistics: list[float]
-    bad: list[str]
-    median: list[float] | None = None
-
-
-# Takes a tensor's delta in its stored form, on any thread.
-Take = Callable[[Slot, int, Tensor], None]
-
-
-def _differences(
-    pair: Pair, slots: Iterable[Slot], take: Take | None = None, medians: Collection[str] = ()
-) -> Iterator[_Difference]:
-    """Every tensor of the slots in order, read, compared and handed on by all cores.
-
-    Args:
-        take: gets every delta; if left out, none is made.
-        medians: the slots for which T at the median is found as well.
-    """
-
-    def difference(item: tuple[Slot, int]) -> _Difference:
-        slot, expert = item
-        base, donor = pair.base.read(slot.name, expert), pair.donor_tensor(slot.name, expert)
-        change, numbers = _compared(base, donor)
-        # Large finite weights can overflow the squares: only then every weight is looked at.
-        sound = all(map(math.isfinite, numbers))
-        bad = [] if sound else _not_finite(pair, slot, expert, base, donor)
-        if take is not None and not bad:
-            take(slot, expert, encode(base, donor))
-        wanted = not bad and slot.name in medians
-        median = threshold_sums(change) if wanted else None
-        return _Difference(slot, expert, numbers, bad, median)
-
-    yield from in_order(
-        difference,
-        ((slot, e) for slot in slots for e in range(len(pair.base.pieces[slot.name]))),
-        nbytes=lambda item: pair.base.pieces[item[0].name][item[1]].span.count,
-        budget=IN_FLIGHT,
-    )
-
-
-def _not_finite(pair: Pair, slot: Slot, expert: int, base: Tensor, donor: Tensor) -> list[str]:
-    return [
-        f"{slot.tensor_name(expert)} in {side.folder}"
-        for side, tensor in ((pair.base, base), (pair.donor, donor))
-        if not torch.isfinite(tensor).all()
-    ]
-
-
 def _write_slots(
-    unit: Unit, pair: Pair, slots: Sequence[Slot], medians: Collection[str]
+    unit: Unit,
+    pair: Pair,
+    slots: Sequence[Slot],
+    medians: Collection[str],
+    device: torch.device,
 ) -> list[str]:
     """Encode the slots of a unit; returns the names of tensors that are not finite."""
     table: list[tuple[str, str, list[float]]] = []
@@ -187,7 +133,7 @@ def _write_slots(
 
     statistics: dict[str, list[list[float]]] = {}
     bad: list[str] = []
-    for difference in _differences(pair, slots, take, medians):
+    for difference in differences(pair, slots, device, take, medians):
         slot = difference.slot
         bad += difference.bad
         if bad:
@@ -213,44 +159,6 @@ def _writer(unit: Unit, pair: Pair, slot: Slot) -> ArrayWriter:
     dtype = encode(torch.empty(0, dtype=ours), torch.empty(0, dtype=theirs)).dtype
     shape = (len(pieces), *pieces[0].shape) if slot.stacked else pieces[0].shape
     return unit.create(slot.array_name, shape, dtype, stacked=slot.stacked)
-
-
-def _compared(base: Tensor, donor: Tensor) -> tuple[Tensor, list[float]]:
-    """δ in float32 and its `COLUMNS`; summed in float32 within blocks, in float64 across them."""
-    change = torch.empty(base.numel())
-    sums = torch.zeros(3, dtype=torch.float64)
-    largest = 0.0
-    blocks = (torch.split(tensor.flatten(), BLOCK) for tensor in (base, donor, change))
-    for ours, theirs, delta in zip(*blocks, strict=True):
-        ours, theirs = ours.float(), theirs.float()
-        torch.sub(theirs, ours, out=delta)
-        sums += torch.stack([x.square().sum() for x in (delta, ours, theirs)])
-        low, high = delta.aminmax()
-        largest = max(largest, -float(low), float(high))
-    return change, [*sums.tolist(), largest, float(base.numel())]
-
-
-def encode(base: Tensor, donor: Tensor) -> Tensor:
-    """The stored form: bits of donor minus bits of base, wrapping; or float32 delta.
-
-    Of unlike dtypes the float32 delta itself is kept.
-    """
-    if base.dtype != donor.dtype:
-        return donor.float() - base.float()
-    signed, unsigned = _SIGNED[base.element_size()], _UNSIGNED[base.element_size()]
-    return (donor.view(signed) - base.view(signed)).view(unsigned)
-
-
-def decode(base: Tensor, code: Tensor, *, wide: Tensor | None = None) -> Tensor:
-    """The float32 delta from a base tensor and its stored form, new memory.
-
-    `wide` is the base in float32, where the caller has it already.
-    """
-    if code.dtype == torch.float32:
-        return code.clone()
-    signed = _SIGNED[base.element_size()]
-    donor = (base.view(signed) + code.view(signed)).view(base.dtype)
-    return donor.float() - (base.float() if wide is None else wide)
 
 
 def read_delta(artifact: Artifact, slot: Slot, base: Tensor, expert: int = 0) -> Tensor:

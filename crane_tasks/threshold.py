@@ -6,11 +6,14 @@ the stored delta and the base.
 
 from collections.abc import Iterable
 
+import torch
+
 from artifacts.ref import Ref
 from artifacts.schema import Schema
 from artifacts.store import Artifact, Draft, Unit
 from artifacts.tables import read_table, write_table
-from crane_tasks.delta import DELTA, IN_FLIGHT, MEDIANS, read_delta
+from crane_tasks.delta import DELTA, MEDIANS, read_delta
+from crane_tasks.differences import IN_FLIGHT, THREADS
 from crane_tasks.models.files.layout import Slot, unit_name
 from crane_tasks.numerics.threshold import THRESHOLD_SUMS, threshold_sums
 from crane_tasks.parallel import in_order, spread_units
@@ -77,6 +80,7 @@ def _rows(
             ((slot, expert) for slot in slots for expert in range(len(base.pieces[slot.name]))),
             nbytes=lambda item: base.pieces[item[0].name][item[1]].span.count,
             budget=IN_FLIGHT,
+            threads=min(THREADS, torch.get_num_threads()),
         )
     )
 

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from artifacts.store import Artifact
 from crane_tasks.apply.rows import row_factors
-from crane_tasks.delta import DELTA, decode
+from crane_tasks.delta import DELTA
 from crane_tasks.edit import OpenEdit, open_edit
 from crane_tasks.models.files.checkpoint import EMBEDDING, HEAD, Checkpoint
 from crane_tasks.models.files.layout import Slot
 from crane_tasks.models.files.tokenizer import load_tokenizer
+from crane_tasks.numerics.bits import decode
 from crane_tasks.numerics.edit import stacked_edit_sums
 from crane_tasks.numerics.hashing import seed_of
 from crane_tasks.numerics.rounding import ROUNDED, round_stochastic

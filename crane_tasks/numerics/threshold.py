@@ -77,6 +77,24 @@ def threshold_sums(delta: Float[Tensor, "..."], density: float | None = None) ->
     return [m, float(kept), float(delta.numel()), math.sqrt(kept2), math.sqrt(delta2)]
 
 
+def stacked_threshold_sums(delta: Float[Tensor, "n m"]) -> Float[Tensor, "n 5"]:
+    """`THRESHOLD_SUMS` at the median of each row, float64 on the rows' device.
+
+    The medians are those of `median_magnitude` to the bit, the norms but for rounding.
+    """
+    count = delta.shape[1]
+    magnitude = delta.abs()
+    m = magnitude.kthvalue(max(1, count // 2), dim=1).values if count else magnitude.sum(1)
+    above = magnitude > m[:, None]
+    del magnitude
+    squares = delta.square()
+    delta2 = squares.sum(1, dtype=torch.float64)
+    kept2 = 4.0 * squares.mul_(above).sum(1, dtype=torch.float64)
+    kept = above.sum(1, dtype=torch.float64)
+    columns = [m.double(), kept, torch.full_like(kept, count), kept2.sqrt(), delta2.sqrt()]
+    return torch.stack(columns, dim=1)
+
+
 def drop_at_random(
     delta: Float[Tensor, "..."], density: float, *, seed: int, offset: int = 0
 ) -> Float[Tensor, "..."]:

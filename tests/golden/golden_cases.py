@@ -19,7 +19,6 @@ from crane_tasks.apply.forecast import group_row
 from crane_tasks.apply.rows import row_factors
 from crane_tasks.calibration.format import format_mask
 from crane_tasks.calibration.sets import TokenSet
-from crane_tasks.delta import decode, encode
 from crane_tasks.evaluate.measure import format_positions
 from crane_tasks.evaluate.metrics import METRICS, Answers, Measured, table_identity
 from crane_tasks.magnitudes import absolute_sums
@@ -27,6 +26,7 @@ from crane_tasks.merge_section import LmHead, TokenRows
 from crane_tasks.method import ARTIFACTS
 from crane_tasks.models.files.tokenizer import load_tokenizer
 from crane_tasks.models.walk.gradients import Accumulator
+from crane_tasks.numerics.bits import decode, encode
 from crane_tasks.numerics.hashing import seed_of
 from crane_tasks.numerics.projector import basis_from_gram, gram, project, protection
 from crane_tasks.numerics.regression import regression, relaxed

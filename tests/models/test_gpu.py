@@ -6,9 +6,15 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import load_tensors, save_tensors
 from plain_sums import gain_sums
 from torch import Tensor
 
+from artifacts.artifact import Artifact
+from artifacts.store import Store
+from crane_tasks.delta import DELTA, MEDIANS
+from crane_tasks.errors import CheckpointError
+from crane_tasks.method import keys_of
 from crane_tasks.models.decoding.greedy import decode_greedily, load_resident
 from crane_tasks.models.files.checkpoint import Checkpoint
 from crane_tasks.models.walk.activations import Sums, walk_activations
@@ -20,6 +26,8 @@ from crane_tasks.models.walk.stream import LayerStream
 from crane_tasks.numerics.projector import basis_from_gram, gram, project, protection
 from crane_tasks.numerics.rounding import round_stochastic
 from crane_tasks.numerics.threshold import median_magnitude
+from crane_tasks.session import Session, open_context
+from crane_tasks.threshold import THRESHOLD, read_thresholds
 
 pytestmark = [
     pytest.mark.gpu,
@@ -219,3 +227,49 @@ def test_an_edit_is_laid_over_on_the_device_and_taken_off_again(
         model = load_resident(pair.base, torch.device(CUDA), torch.bfloat16)
         said = decode_greedily(model, [[9, 10, 11], [200]], max_new_tokens=8, pad=0, eos=2)
         assert answers(stream) == said
+
+
+@pytest.mark.parametrize("architecture", ["qwen3", "qwen3_next"])
+def test_a_delta_made_on_the_device_is_that_of_the_cpu(
+    architecture: str, pairs: Callable[[str], Any], tmp_path: Path
+) -> None:
+    """Stored differences and medians to the bit, sums but for rounding."""
+    pair = pairs(architecture)
+
+    def made(device: str) -> tuple[Artifact, Artifact]:
+        session = Session(pair.recipe(f"run.device={device}"), Store(tmp_path / device))
+        session.store.prepare()
+        ctx = open_context(session)
+        keys = keys_of(ctx)
+        DELTA.build(ctx, keys)
+        THRESHOLD.build(ctx, keys)
+        return session.store.open(keys[DELTA]), session.store.open(keys[THRESHOLD])
+
+    (delta, threshold), (other, others) = made("cpu"), made(CUDA)
+    assert delta.path.name == other.path.name
+    for unit in delta.units():
+        assert delta.arrays(unit) == other.arrays(unit)
+        for name in delta.arrays(unit):
+            ours, theirs = delta.read(unit, name), other.read(unit, name)
+            if name == MEDIANS or name.endswith(".stats"):
+                torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-12)
+            else:
+                assert torch.equal(
+                    ours.flatten().view(torch.uint8), theirs.flatten().view(torch.uint8)
+                )
+        assert read_thresholds(threshold, unit) == read_thresholds(others, unit)
+
+
+def test_weights_that_are_not_finite_are_named_on_the_device(
+    pairs: Callable[[str], Any], tmp_path: Path
+) -> None:
+    pair = pairs("qwen3_moe").copy(tmp_path / "pair")
+    tensors = load_tensors(pair.donor)
+    name = "model.layers.0.mlp.experts.2.up_proj.weight"
+    tensors[name][1, 1] = float("nan")
+    save_tensors(pair.donor, tensors)
+    session = Session(pair.recipe(f"run.device={CUDA}"), Store(tmp_path / "store"))
+    session.store.prepare()
+    ctx = open_context(session)
+    with pytest.raises(CheckpointError, match=f"{name} in .*donor"):
+        DELTA.build(ctx, keys_of(ctx))

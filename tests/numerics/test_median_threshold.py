@@ -11,6 +11,8 @@ from crane_tasks.numerics.threshold import (
     keep_above,
     keep_agreed,
     median_magnitude,
+    stacked_threshold_sums,
+    threshold_sums,
     top_magnitude,
 )
 
@@ -149,3 +151,17 @@ def test_agreed_entries_are_those_along_which_both_losses_fall() -> None:
     grad_r = torch.tensor([-1.0, -1.0, 1.0, 1.0, 0.0, -1.0])
     grad_a = torch.tensor([-2.0, 2.0, 3.0, -3.0, -1.0, -1.0])
     assert keep_agreed(delta, grad_r, grad_a).tolist() == [1.0, 0.0, -1.0, 0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("width", [1, 2, 7, 4096])
+def test_a_stack_has_its_tensors_sums(width: int) -> None:
+    """Medians to the bit, also among equal magnitudes; norms but for rounding."""
+    generator = torch.Generator().manual_seed(width)
+    stack = torch.randn(5, width, generator=generator).bfloat16().float()
+    stack[1] = 0.25
+    stack[2, ::2] *= -1
+    found = stacked_threshold_sums(stack)
+    for row, tensor in zip(found.tolist(), stack, strict=True):
+        wanted = threshold_sums(tensor)
+        assert row[:3] == wanted[:3]
+        assert row[3:] == pytest.approx(wanted[3:], rel=1e-5)
