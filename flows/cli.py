@@ -11,6 +11,7 @@ from flows.command import (
     FAILED,
     AlphaOption,
     AlphasOption,
+    AnswersOption,
     AxisOption,
     DebugOption,
     DrawsOption,
@@ -195,6 +196,7 @@ def sweep(
     fields: AxisOption = [],  # noqa: B006
     require: RequireOption = [],  # noqa: B006
     write: WriteOption = None,
+    answers: AnswersOption = "all",
     assignments: SetOption = [],  # noqa: B006
     output: ReportOption = None,
     store: StoreOption = None,
@@ -218,6 +220,7 @@ def sweep(
             fields=fields,
             require=require,
             write=write,
+            answers=answers,
             folder=user_path(output).absolute() if output else None,
             call=view.timed,
         )

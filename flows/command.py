@@ -43,6 +43,10 @@ RequireOption = Annotated[
 WriteOption = Annotated[
     str | None, typer.Option("--write", metavar="best", help="Merge the best point.")
 ]
+AnswersOption = Annotated[
+    str,
+    typer.Option("--answers", metavar="all|front|best:N", help="Which points answer prompts."),
+]
 ReportOption = Annotated[Path | None, typer.Option("--output", help="Folder of the report.")]
 GroupsOption = Annotated[int, typer.Option("--groups", help="Into which each set is dealt.")]
 DrawsOption = Annotated[int, typer.Option("--draws", help="Of half of the groups.")]

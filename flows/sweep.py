@@ -11,15 +11,17 @@ from pathlib import Path
 from artifacts.errors import DamagedArtifact
 from artifacts.store import Built
 from crane_tasks.errors import RecipeError
-from crane_tasks.evaluate.choice import Point, read_requirement
+from crane_tasks.evaluate.choice import Point, choose, ranked, read_requirement
 from crane_tasks.evaluate.point import LOADED, POINT
 from crane_tasks.evaluate.stage import EVALUATE
 from crane_tasks.method import Call, in_this_process
 from crane_tasks.places import sweep_folder
+from crane_tasks.recipe import Recipe
+from crane_tasks.recipe_file import changed
 from crane_tasks.session import Context, Session
 from crane_tasks.stage import Keys
 from flows.faults import naming_full_disk
-from flows.grid import spots
+from flows.grid import Spot, spots
 from flows.merge import merge
 from flows.points import (
     FAULTS,
@@ -36,6 +38,7 @@ from flows.sweep_result import Sweep
 from flows.trackers import tracker_of
 
 WRITE = ("best",)
+ALL, FRONT = "all", "front"
 
 
 def sweep(
@@ -46,6 +49,7 @@ def sweep(
     fields: Sequence[str] = (),
     require: Sequence[str] = (),
     write: str | None = None,
+    answers: str = ALL,
     folder: Path | None = None,
     call: Call = in_this_process,
     opened: Context | None = None,
@@ -60,6 +64,8 @@ def sweep(
         fields: other axes, `dotted.path=VALUE,VALUE` each, the values in YAML.
         require: bounds that the best point must keep, `tool_calls>=0.99` each.
         write: "best" to merge the best point into a folder of its own in the sweep's.
+        answers: which points answer held-out prompts: "all"; "front", those that no other one
+            beats by its losses; or "best:N", the N of the least reasoning loss.
         folder: of the report; beside the recipe's merge if left out.
         call: runs a stage: in this process, or as a Prefect task.
         opened: the session's context, where it is there already.
@@ -71,18 +77,28 @@ def sweep(
     requirements = [read_requirement(text) for text in require]
     if write not in (None, *WRITE):
         raise RecipeError(f"--write {write}: only '{WRITE[0]}' can be written")
+    picked = read_answers(answers, recipe)
     place = (folder or sweep_folder(recipe)).resolve()
     grid = spots(recipe, alphas or [recipe.alpha], taus or [recipe.tau], fields, place)
     for spot in grid:
         check_metrics(spot.recipe, spot.name, requirements, best=write is not None)
     tell = tracker_of(session)
     session.store.prepare()
-    candidates = open_points(grid, session, [opened] if opened else [])
+    contexts = [opened] if opened else []
+    candidates = open_points(grid, session, contexts)
     check_points(candidates, place, best=write is not None)
+    first = open_points(map(_of_losses, grid), session, contexts) if picked else candidates
     result = Sweep(recipe, place, requirements, len(candidates))
     try:
         with naming_full_disk(session.store.root, place):
-            _measure_all(result, candidates, call, tell)
+            for point in _points(first, result, call):
+                result.points.append(point)
+                if picked is None:
+                    tell(point)
+                if point.status != "reused":
+                    result.write()
+            if picked is not None:
+                _answer(result, candidates, picked(result.points), call, tell)
     finally:
         session.kept.let_go(LOADED)
     best = result.choice.best
@@ -94,10 +110,49 @@ def sweep(
     return result
 
 
-def _measure_all(
-    result: Sweep, candidates: Sequence[Candidate], call: Call, tell: Callable[[Point], None]
+def read_answers(text: str, recipe: Recipe) -> Callable[[Sequence[Point]], list[int]] | None:
+    """Picks the points that answer from those whose losses are known; None: all of them.
+
+    Raises:
+        RecipeError: it is none of the ways, or nothing is answered at all.
+    """
+    if text == ALL:
+        return None
+    best = text.removeprefix("best:")
+    if text != FRONT and not (text.startswith("best:") and best.isdecimal() and int(best) > 0):
+        raise RecipeError(f"--answers {text}: write {ALL}, {FRONT} or best:N")
+    if not recipe.evaluate.generate:
+        raise RecipeError(f"--answers {text}: nothing is answered while evaluate.generate is 0")
+    if text == FRONT:
+        return lambda points: sorted(choose(points, []).front)
+    return lambda points: sorted(ranked(points)[: int(best)])
+
+
+def _of_losses(spot: Spot) -> Spot:
+    """The same point without answers."""
+    return replace(spot, recipe=changed(spot.recipe, {"evaluate.generate": 0}, spot.name))
+
+
+def _answer(
+    result: Sweep,
+    candidates: Sequence[Candidate],
+    places: Sequence[int],
+    call: Call,
+    tell: Callable[[Point], None],
 ) -> None:
-    """Every point in turn; the report is written after each that was not there before."""
+    """Measure some points again, with their answers."""
+    for place, point in enumerate(result.points):
+        if place not in places:
+            tell(point)
+    chosen = [candidates[place] for place in places]
+    for place, point in zip(places, _points(chosen, result, call) if chosen else (), strict=True):
+        result.points[place] = point
+        tell(point)
+        result.write()
+
+
+def _points(candidates: Sequence[Candidate], result: Sweep, call: Call) -> Iterator[Point]:
+    """Every point in turn; base and donor are noted in the result."""
     faults = build_inputs(candidates, call)
     walks = walked([c for c in candidates if c.inputs not in faults and not c.evaluated])
     sent = [c for c in candidates if c.inputs not in faults and not c.evaluated]
@@ -110,10 +165,7 @@ def _measure_all(
         else:
             walk = walks.get(one.keys[EVALUATE].key)
             point = measured(result.models, one, call, outcome, walk)
-        result.points.append(point)
-        tell(point)
-        if point.status != "reused":
-            result.write()
+        yield point
     candidates[0].ctx.progress("points", len(candidates), len(candidates), "points")
 
 

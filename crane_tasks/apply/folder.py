@@ -15,6 +15,7 @@ from crane_tasks.apply.output import PROVENANCE, RECIPE_COPY, Shard, copy_side_f
 from crane_tasks.apply.recipe_copies import HEAD, runnable, shown
 from crane_tasks.apply.rows import unlike_words
 from crane_tasks.edit import edit_of
+from crane_tasks.errors import OutputError
 from crane_tasks.identity import name_in_cache, published_name
 from crane_tasks.models.files.folder import CARD
 from crane_tasks.pairing import pair_notes
@@ -66,7 +67,7 @@ def fill_folder(
             "compute": ctx.compute,
             "threads": torch.get_num_threads(),  # sums on a CPU are split among them
         },
-        "versions": _versions(),
+        "versions": versions(),
         "files": files,
         "side_files": {name: (folder / name).stat().st_size for name in side_files},
     }
@@ -87,8 +88,19 @@ def device_name(ctx: Context) -> str:
     return torch.cuda.get_device_name(ctx.torch_device)
 
 
-def _versions() -> dict[str, str]:
-    return {n: metadata.version(n) for n in ("crane-merge", "torch", "transformers")}
+def versions() -> dict[str, str]:
+    """Those of the packages that decide a merge's bits.
+
+    Raises:
+        OutputError: one is on the path without being installed, so nobody knows its version.
+    """
+    try:
+        return {n: metadata.version(n) for n in ("crane-merge", "torch", "transformers")}
+    except metadata.PackageNotFoundError as error:
+        raise OutputError(
+            f"{error.name} is not installed, so that the output could not say what made it. "
+            "Install the project's folder or its wheel with pip."
+        ) from error
 
 
 def _facts(ctx: Context) -> CardFacts:

@@ -16,7 +16,7 @@ from artifacts.schema import Schema
 from artifacts.store import Draft, Unit
 from artifacts.tables import write_table
 from crane_tasks.apply.editor import Editor, make_editor
-from crane_tasks.apply.folder import fill_folder
+from crane_tasks.apply.folder import fill_folder, versions
 from crane_tasks.apply.forecast import FORECAST
 from crane_tasks.apply.output import (
     Shard,
@@ -118,6 +118,7 @@ def _check(ctx: Context, keys: Keys) -> None:
     check_head(ctx)
     check_output_dtype(ctx)
     if not ctx.store.has(keys[APPLY]):
+        versions()  # the output names them, and should not fail for it when all is written
         check_rows(ctx)
         slot_scales(ctx.recipe.merge.scales, ctx.pair().base.slots.values())
         for part in edit_of(ctx.recipe).parts:

@@ -112,10 +112,13 @@ def choose(points: Sequence[Point], requirements: Sequence[Requirement]) -> Choi
     front = _front([_goodness(p.metrics, axes) for p in points]) if axes else []
     front.sort(key=lambda i: -points[i].metrics[axes[0]])
     meets = [p.error is None and all(r.met(p.metrics) for r in requirements) for p in points]
-    order = [
-        i for i, p in enumerate(points) if meets[i] and math.isfinite(_value(p, OBJECTIVE.name))
-    ]
-    return Choice(axes, front, meets, min(order, key=lambda i: _rank(points[i]), default=None))
+    return Choice(axes, front, meets, next((i for i in ranked(points) if meets[i]), None))
+
+
+def ranked(points: Sequence[Point]) -> list[int]:
+    """The places of the points whose reasoning loss is known, the best first."""
+    known = [i for i, p in enumerate(points) if math.isfinite(_value(p, OBJECTIVE.name))]
+    return sorted(known, key=lambda i: _rank(points[i]))
 
 
 def axes_of(points: Sequence[Point]) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -202,3 +203,20 @@ def test_scores_that_only_the_report_reads_are_mended(
     assert [b.status for b in scored.stages if b.ref.stage == "scores"] == ["computed"]
     assert len(notices) == 1 and scored.scores.per_layer.keys() == {0, 1}
     assert set(statuses(merged(pair, folder / "store", folder / "out"))) == set(NAMES)
+
+
+def test_a_package_that_was_never_installed_is_told_of_before_the_work(
+    moe_pair: TinyPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The output's record names versions; a merge ended for it when all was written."""
+    known = metadata.version
+
+    def version(name: str) -> str:
+        if name == "crane-merge":
+            raise metadata.PackageNotFoundError(name)
+        return known(name)
+
+    monkeypatch.setattr(metadata, "version", version)
+    with pytest.raises(OutputError, match="crane-merge is not installed"):
+        merged(moe_pair, tmp_path / "store", tmp_path / "out")
+    assert not (tmp_path / "store" / "delta").exists() and not (tmp_path / "out").exists()

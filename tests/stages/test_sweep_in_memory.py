@@ -13,6 +13,7 @@ from artifacts.store import Built, Store
 from artifacts.tensors import Chunk
 from crane_tasks.apply.editor import make_editor
 from crane_tasks.apply.stage import APPLY
+from crane_tasks.errors import RecipeError
 from crane_tasks.evaluate.point import LOADED, POINT, loaded_as, overlay_of
 from crane_tasks.evaluate.stage import read_comparison
 from crane_tasks.kept import Kept, kept_by_process
@@ -301,3 +302,35 @@ def test_points_that_differ_outside_the_layers_share_a_walk_too(
     place, changes = tmp_path / "merges", [f"{k}={v}" for k, v in found.points[2].changes.items()]
     merged(pair, place, tmp_path / "out", "alpha=0.5", *changes)
     assert comparison(place, found.points[2].key)["models"]["merged"] == found.points[2].metrics
+
+
+@pytest.mark.parametrize(("answers", "count"), [("front", None), ("best:1", 1)])
+def test_only_the_points_that_matter_answer(
+    answers: str, count: int | None, pairs: Pairs, tmp_path: Path
+) -> None:
+    """Those by their losses; what they answer is what they do where all do."""
+    pair, told = pairs("qwen3"), tmp_path / "all"
+    whole = swept(pair, told, *ANSWERS, alphas=(0.2, 0.5, 0.8)).points
+    found = swept(pair, tmp_path, *ANSWERS, alphas=(0.2, 0.5, 0.8), answers=answers)
+    best = min(range(3), key=lambda i: whole[i].metrics["reasoning_loss"])
+    decoded = [i for i, p in enumerate(found.points) if "tool_calls" in p.metrics]
+    assert best in decoded and (count is None or len(decoded) == count)
+    for ours, theirs in zip(found.points, whole, strict=True):
+        known = ours.metrics.keys()
+        assert ours.metrics == {name: theirs.metrics[name] for name in known}
+        assert known >= {"reasoning_loss", "agent_loss", "format_divergence"}
+    again = swept(pair, tmp_path, *ANSWERS, alphas=(0.2, 0.5, 0.8), answers=answers)
+    assert {p.status for p in again.points} == {"reused"}
+
+
+@pytest.mark.parametrize(
+    ("answers", "changes", "message"),
+    [("best:0", ANSWERS, "best:N"), ("some", ANSWERS, "best:N"),
+     ("front", ("evaluate.generate=0",), "generate is 0")],
+)  # fmt: skip
+def test_a_way_to_answer_that_is_none_is_refused(
+    answers: str, changes: tuple[str, ...], message: str, pairs: Pairs, tmp_path: Path
+) -> None:
+    with pytest.raises(RecipeError, match=message):
+        swept(pairs("qwen3"), tmp_path, *changes, answers=answers)
+    assert not (tmp_path / "store").exists()
