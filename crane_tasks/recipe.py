@@ -172,6 +172,9 @@ class Run(Section):
         description="hidden states of a walk held in memory (half of what is free); the rest "
         "is read back from disk",
     )
+    gpu_memory: ByteSize | None = Field(
+        default=None, gt=0, description="that a process may take of a GPU; default what is free"
+    )
     threads: Count | None = Field(default=None, gt=0, description="of this process; default all")
     workers: Workers | None = Field(
         default=None,

@@ -23,7 +23,7 @@ from crane_tasks.kept import Kept
 from crane_tasks.models.check import check_pair, refuse_equal
 from crane_tasks.models.files.configs import UnlikeConfigs, unlike_configs
 from crane_tasks.models.files.folder import side_files
-from crane_tasks.models.files.memory import free_memory
+from crane_tasks.models.files.memory import bound_gpu_memory, free_memory
 from crane_tasks.models.files.pair import Pair
 from crane_tasks.models.files.tokenizer import load_tokenizer
 from crane_tasks.models.files.vocabularies import Unlike, unlike_tokens
@@ -251,6 +251,8 @@ def open_context(session: Session, *, whole: bool = True) -> Context:
     """
     recipe, store, progress = session.recipe, session.store, session.progress
     device = _device(recipe.run.device)
+    if recipe.run.gpu_memory and device != "cpu":
+        bound_gpu_memory(torch.device(device), recipe.run.gpu_memory)
     if recipe.run.threads:
         torch.set_num_threads(recipe.run.threads)
     # The dear part of this is to hash weights that are not known yet: what is wrong with

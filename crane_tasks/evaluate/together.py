@@ -10,8 +10,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 
-import torch
-
 from artifacts.memo import DigestMemo
 from artifacts.store import Draft
 from crane_tasks.apply.editor import Editor, make_editor
@@ -22,7 +20,7 @@ from crane_tasks.errors import RecipeError, ScoreError
 from crane_tasks.evaluate.measure import MEASURE, NAME, keep_losses, measured_sets
 from crane_tasks.evaluate.models import base_and_donor
 from crane_tasks.evaluate.point import loaded_base, merged_rows, overlay_of, point_ref
-from crane_tasks.models.files.memory import free_memory
+from crane_tasks.models.files.memory import free_gpu_memory, free_memory
 from crane_tasks.models.walk.losses import losses_of_models
 from crane_tasks.models.walk.stream import LayerStream
 from crane_tasks.session import Context
@@ -93,7 +91,7 @@ def _at_once(ctx: Context, stream: LayerStream, sets: dict[str, TokenSet]) -> in
     each = sizes_of(ctx).one_layer + 2 * tokens * width
     free: int = free_memory()
     if device.type == "cuda":
-        free = int(torch.cuda.mem_get_info(device)[0])
+        free = free_gpu_memory(device)
     return max(1, free // SHARE[device.type] // each)
 
 

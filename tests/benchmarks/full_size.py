@@ -140,7 +140,9 @@ def write_rows(folder: Path) -> None:
     rows("heldout.jsonl", 16, 110, 900)
 
 
-def recipe_at(folder: Path, output: Path, device: str, **changes: Any) -> Any:
+def recipe_at(
+    folder: Path, output: Path, device: str, memory: str | None = None, **changes: Any
+) -> Any:
     """The recipe; given targets, no answers: nothing is decoded."""
     row_set = {"max_prompt_length": 4096}
     data = {
@@ -157,7 +159,7 @@ def recipe_at(folder: Path, output: Path, device: str, **changes: Any) -> Any:
         "gate": {"store_gradients": False},
         "evaluate": {"reasoning": "heldout.jsonl", "agent": "heldout.jsonl", "generate": 0,
                      "max_prompt_length": 4096, "calls": "hermes"},
-        "run": {"device": device, "output": str(output)},
+        "run": {"device": device, "output": str(output), "gpu_memory": memory},
         **changes,
     }  # fmt: skip
     return recipe_from(data, (folder,), "full-size")
@@ -255,6 +257,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--output", type=Path, help="where the outputs go; default in FOLDER")
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--gpu-memory", help="what may be taken of the GPU, as 24GB")
     asked = parser.parse_args()
     folder: Path = asked.folder.absolute()
     output: Path = (asked.output or folder).absolute()
@@ -272,7 +275,7 @@ def main() -> None:
     say(f"reading both twice, writing two of their size: {ceiling:.1f} s")
 
     def run(title: str, alpha: float) -> None:
-        recipe = recipe_at(folder, output / "out", asked.device, alpha=alpha)
+        recipe = recipe_at(folder, output / "out", asked.device, asked.gpu_memory, alpha=alpha)
         with watch.over(title):
             merge(Session(recipe, store, force=True), watch.call)
 
@@ -284,7 +287,7 @@ def main() -> None:
     run("the same again", 0.25)
     shutil.rmtree(output / "out")
     run("another alpha", 0.3)
-    recipe = recipe_at(folder, output / "out", asked.device)
+    recipe = recipe_at(folder, output / "out", asked.device, asked.gpu_memory)
     with watch.over("a point alone"):
         sweep(Session(recipe, store), [0.2], [TAUS[1]], folder=output / "sweep")
     with watch.over("six points"):

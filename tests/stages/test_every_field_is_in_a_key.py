@@ -90,6 +90,7 @@ OTHERS: dict[str, Any] = {
     "run.threads": 1,
     "run.workers": 2,
     "run.tracker": "trackio",
+    "run.gpu_memory": "24GB",
 }
 
 

@@ -1,8 +1,9 @@
-"""Memory of the host: how much is free, how it is cut, and how the C library holds it."""
+"""Memory of host and GPU: how much is free, how it is cut, and how the C library holds it."""
 
 import ctypes
 
 import psutil
+import torch
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
@@ -11,6 +12,22 @@ def free_memory() -> int:
     """Bytes of host memory that can be had without swapping."""
     available: int = psutil.virtual_memory().available
     return available
+
+
+def bound_gpu_memory(device: torch.device, nbytes: int) -> None:
+    """Hold this process to so many bytes of a GPU: what goes beyond fails, and `free_gpu_memory`
+    counts with it."""
+    _, total = torch.cuda.mem_get_info(device)
+    torch.cuda.set_per_process_memory_fraction(min(1.0, nbytes / total), device)
+
+
+def free_gpu_memory(device: torch.device) -> int:
+    """Bytes of a GPU that this process may still take, those that torch holds unused included."""
+    free, total = torch.cuda.mem_get_info(device)
+    allocated = torch.cuda.memory_allocated(device)
+    unused = torch.cuda.memory_reserved(device) - allocated
+    bound = int(torch.cuda.get_per_process_memory_fraction(device) * total)
+    return max(0, min(int(free) + unused, bound - allocated))
 
 
 def aligned(count: int, alignment: int) -> int:

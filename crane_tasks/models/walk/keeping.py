@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from crane_tasks.models.files.memory import free_gpu_memory
 from crane_tasks.models.walk.loading import recorded
 
 # Lists of hidden states that are on a device at once where the rest is in host memory.
@@ -107,7 +108,7 @@ def keeper_for(device: torch.device, boundary: int, lists: int, *, resident: boo
     """
     if device.type != "cuda":
         return Keeper(device)
-    free, _ = torch.cuda.mem_get_info(device)
+    free = free_gpu_memory(device)
     if resident and 4 * lists * boundary <= free:
         return Keeper(device)
     if 4 * IN_USE * boundary <= free:

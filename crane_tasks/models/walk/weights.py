@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from crane_tasks.models.files.checkpoint import Checkpoint
-from crane_tasks.models.files.memory import free_memory
+from crane_tasks.models.files.memory import free_gpu_memory, free_memory
 from crane_tasks.models.walk.loading import Loader
 from crane_tasks.models.walk.skeleton import stored_buffers
 
@@ -21,8 +21,7 @@ def fits(checkpoint: Checkpoint, device: torch.device, compute: torch.dtype) -> 
     """
     weights = sum(math.prod(entry.shape) for entry in checkpoint.entries.values())
     if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return 2 * weights * compute.itemsize <= free
+        return 2 * weights * compute.itemsize <= free_gpu_memory(device)
     return 4 * weights * compute.itemsize <= free_memory()
 
 
