@@ -18,7 +18,7 @@ def bound_gpu_memory(device: torch.device, nbytes: int) -> None:
     """Hold this process to so many bytes of a GPU: what goes beyond fails, and `free_gpu_memory`
     counts with it."""
     _, total = torch.cuda.mem_get_info(device)
-    torch.cuda.set_per_process_memory_fraction(min(1.0, nbytes / total), device)
+    torch.cuda.set_per_process_memory_fraction(min(1.0, nbytes / total), _index(device))
 
 
 def free_gpu_memory(device: torch.device) -> int:
@@ -26,8 +26,13 @@ def free_gpu_memory(device: torch.device) -> int:
     free, total = torch.cuda.mem_get_info(device)
     allocated = torch.cuda.memory_allocated(device)
     unused = torch.cuda.memory_reserved(device) - allocated
-    bound = int(torch.cuda.get_per_process_memory_fraction(device) * total)
+    bound = int(torch.cuda.get_per_process_memory_fraction(_index(device)) * total)
     return max(0, min(int(free) + unused, bound - allocated))
+
+
+def _index(device: torch.device) -> int:
+    """Which GPU a device is; "cuda" alone is the current one."""
+    return torch.cuda.current_device() if device.index is None else device.index
 
 
 def aligned(count: int, alignment: int) -> int:
