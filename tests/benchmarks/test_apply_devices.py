@@ -46,7 +46,7 @@ def merged(
     parts = (p for e in editor.base.entries.values() for p in parts_of_entry(editor, e))
     found = {}
     for done in Pipeline(editor, window=window, threads=threads).run(parts):
-        for part, tensor in done.tensors():
+        for part, (tensor,) in done.tensors():
             assert part.slot is not None
             found[part.slot.name, part.expert, part.first] = tensor.clone()
     return found

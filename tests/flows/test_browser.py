@@ -98,7 +98,7 @@ def test_a_merge_is_started_from_the_form_and_its_report_shows(
         page.get_by_text("scores: started").first.wait_for()
         camera(page, "prefect-running", 1000)
     assert site.state(run) == "Completed", site.logs(run)
-    show_report(site, page, run, f"{name}-report", pictures=3)
+    show_report(site, page, run, f"{name}-report", pictures=4)
     page.get_by_text(output).first.wait_for()
     camera(page, "prefect-report", 2000)
 

@@ -129,7 +129,7 @@ def test_a_run_whose_process_was_killed_shows_as_crashed_and_a_retry_finishes_it
 def test_the_report_is_an_artifact_with_its_pictures_inside(site: Site, retried: Retried) -> None:
     found = site.artifacts(retried.run)
     text = found["tiny-random-report"]["data"]
-    assert text.count("](data:image/png;base64,") == 3
+    assert text.count("](data:image/png;base64,") == 4
     assert str(retried.job.output) in text
     models = [row["model"] for row in json_rows(found["tiny-random-evaluation"])]
     assert models == ["base", "donor", "merged"]

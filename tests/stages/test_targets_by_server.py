@@ -355,8 +355,9 @@ def test_a_merge_with_held_out_rows_by_a_server_says_what_its_targets_are(
     assert found.unended
     lengths = found.target_lengths
     cells = [
-        ROWS, f"{sum(lengths) / ROWS:.1f}", max(lengths), "0.0%",
-        f"{1 - len(found.unended) / ROWS:.1%}",
+        ROWS, f"{sum(ids.numel() for ids in found.sequences):,}", f"{sum(lengths):,}",
+        f"{sum(lengths) / ROWS:.1f}", max(lengths), "0.0%",
+        f"{1 - len(found.unended) / ROWS:.1%}", len(found.unended),
     ]  # fmt: skip
     assert f"| reasoning | {' | '.join(map(str, cells))} |" in report
     # The data's own targets end; the agent's do not think.
