@@ -361,7 +361,7 @@ def test_a_merge_with_held_out_rows_by_a_server_says_what_its_targets_are(
     ]  # fmt: skip
     assert f"| reasoning | {' | '.join(map(str, cells))} |" in report
     # The data's own targets end; the agent's do not think.
-    assert re.search(r"\| held-out agent \| \d+ \| [\d.]+ \| \d+ \| 0\.0% \| 100\.0% \|", report)
+    assert re.search(r"\| held-out agent (\| [\d.,]+ ){5}\| 0\.0% \| 100\.0% \| 0 \|", report)
     assert f"reasoning: {listed(found.unended)};" in report
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"model: {NAME}" in card and served.url not in card
