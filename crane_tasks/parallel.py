@@ -85,8 +85,10 @@ def spread_units(
     """
     missing = [name for name in units if not draft.done(name)]
     yield from (name for name in units if name not in missing)
-    other = ctx.elsewhere()
-    calls = [(other, draft.path, draft.schema, name, work, units[name]) for name in missing]
+    calls = [
+        (ctx.elsewhere(number), draft.path, draft.schema, name, work, units[name])
+        for number, name in enumerate(missing)
+    ]
     for record in ctx.session.spread(stage, _write, calls):
         draft.adopt(record)
         yield record["unit"]

@@ -11,7 +11,7 @@ import torch
 from artifacts.memo import DigestMemo
 from artifacts.store import Store
 from crane_tasks.calls import SYNTAXES, Syntax
-from crane_tasks.errors import RecipeError
+from crane_tasks.devices import prepare
 from crane_tasks.hub import pair_folders
 from crane_tasks.identity import (
     checkpoint_identity,
@@ -21,13 +21,15 @@ from crane_tasks.identity import (
 )
 from crane_tasks.kept import Kept
 from crane_tasks.models.check import check_pair, refuse_equal
+from crane_tasks.models.files.checkpoint import Checkpoint
 from crane_tasks.models.files.configs import UnlikeConfigs, unlike_configs
 from crane_tasks.models.files.folder import side_files
-from crane_tasks.models.files.memory import bound_gpu_memory, free_memory
+from crane_tasks.models.files.memory import free_memory
 from crane_tasks.models.files.pair import Pair
 from crane_tasks.models.files.tokenizer import load_tokenizer
 from crane_tasks.models.files.vocabularies import Unlike, unlike_tokens
 from crane_tasks.models.walk.pace import WalkStep
+from crane_tasks.models.walk.stream import LayerStream
 from crane_tasks.places import output_folder
 from crane_tasks.protocol import format_marks, syntax_of_texts, template_syntax
 from crane_tasks.recipe import Recipe, data_sources
@@ -105,7 +107,8 @@ class Context:
         side_files_id: digest of all that the output takes over from the base's folder.
         stops: digest of each side's generation config, which says where decoding ends.
         output: where the merged checkpoint goes.
-        device: resolved torch device, e.g. "cpu".
+        devices: resolved torch devices, e.g. "cpu"; walks are spread over them, the rest is done
+            on the first.
         compute: resolved dtype of forward and backward passes.
     """
 
@@ -118,7 +121,7 @@ class Context:
     side_files_id: str
     stops: dict[str, str]
     output: Path
-    device: str
+    devices: tuple[str, ...]
     compute: str
 
     @property
@@ -171,8 +174,19 @@ class Context:
         return self.session.kept.one(f"calls of {data}", (self.tokenizer_id, rows.digest), find)
 
     @property
+    def device(self) -> str:
+        return self.devices[0]
+
+    @property
     def torch_device(self) -> torch.device:
         return torch.device(self.device)
+
+    def walk_of(self, checkpoint: Checkpoint, *, resident: bool | None = None) -> LayerStream:
+        """A checkpoint to be walked layer by layer on the devices."""
+        first, *others = map(torch.device, self.devices)
+        return LayerStream(
+            checkpoint, device=first, compute=self.compute_dtype, resident=resident, others=others
+        )
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -221,15 +235,17 @@ class Context:
         """The same, with progress told to another."""
         return replace(self, session=replace(self.session, progress=progress))
 
-    def elsewhere(self) -> "Context":
-        """This context for another process, which neither shows bars nor spreads work.
+    def elsewhere(self, number: int) -> "Context":
+        """This context for the piece of work of this number in another process, which neither
+        shows bars nor spreads work, and has one of the devices.
 
         In this process it is the context itself.
         """
         if not self.spreads:
             return self
         own = replace(self.session, progress=no_progress, notice=no_notice, spread=one_by_one)
-        return replace(self, session=own)
+        device = self.devices[number % len(self.devices)]
+        return replace(self, session=own, devices=(device,))
 
     def with_recipe(self, recipe: Recipe) -> "Context | None":
         """The context of another recipe on the same pair, or None if more than that differs."""
@@ -250,11 +266,7 @@ def open_context(session: Session, *, whole: bool = True) -> Context:
         DataError: a data file is missing or broken.
     """
     recipe, store, progress = session.recipe, session.store, session.progress
-    device = _device(recipe.run.device)
-    if recipe.run.gpu_memory and device != "cpu":
-        bound_gpu_memory(torch.device(device), recipe.run.gpu_memory)
-    if recipe.run.threads:
-        torch.set_num_threads(recipe.run.threads)
+    devices = prepare(recipe.run)
     # The dear part of this is to hash weights that are not known yet: what is wrong with
     # data or headers must show before.
     check_sources(recipe)
@@ -272,7 +284,7 @@ def open_context(session: Session, *, whole: bool = True) -> Context:
         refuse_equal(base, donor)
     compute = recipe.gate.compute
     if compute == "auto":
-        compute = "float32" if device == "cpu" else "bfloat16"
+        compute = "float32" if devices == ("cpu",) else "bfloat16"
     return Context(
         session=session,
         base=base,
@@ -283,7 +295,7 @@ def open_context(session: Session, *, whole: bool = True) -> Context:
         side_files_id=files_identity(base, side_files(base), memo),
         stops={"base": stops_identity(base, memo), "donor": stops_identity(donor, memo)},
         output=output_folder(recipe),
-        device=device,
+        devices=devices,
         compute=compute,
     )
 
@@ -292,11 +304,3 @@ def _surroundings(recipe: Recipe) -> list[Any]:
     """All of a recipe that decides a context besides its output."""
     run = recipe.run.model_dump(exclude={"output"})
     return [recipe.base, recipe.donor, recipe.gate.compute, data_sources(recipe), run]
-
-
-def _device(wanted: str) -> str:
-    if wanted == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if wanted.startswith("cuda") and not torch.cuda.is_available():
-        raise RecipeError(f"run.device: {wanted}, but torch finds no CUDA device; use cpu")
-    return wanted

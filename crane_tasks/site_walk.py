@@ -9,7 +9,6 @@ from artifacts.store import Artifact, Draft, Unit
 from crane_tasks.models.files.layout import Layout, Site, unit_name
 from crane_tasks.models.walk.activations import Reduce, Sum, walk_activations
 from crane_tasks.models.walk.states import States
-from crane_tasks.models.walk.stream import LayerStream
 from crane_tasks.session import Context
 from crane_tasks.sizes import sizes_of
 from crane_tasks.stage import Keys, Needs
@@ -45,7 +44,7 @@ def walk_sites(
                 write(unit, site, by_expert, _experts(ctx, layer, site))
 
     walk_activations(
-        LayerStream(base, device=ctx.torch_device, compute=ctx.compute_dtype),
+        ctx.walk_of(base),
         items,
         sites,
         reduce=reduce,

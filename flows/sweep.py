@@ -173,7 +173,7 @@ def _measured_elsewhere(candidates: Sequence[Candidate]) -> Iterator[Built | Exc
     """The points as several workers measure them, in order; none if there are no workers."""
     if not candidates or not candidates[0].ctx.spreads:
         return iter(())
-    calls = [(c.ctx.elsewhere(), c.keys) for c in candidates]
+    calls = [(c.ctx.elsewhere(number), c.keys) for number, c in enumerate(candidates)]
     return candidates[0].ctx.session.spread("point", _point_or_fault, calls)
 
 

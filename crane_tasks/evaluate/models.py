@@ -75,12 +75,7 @@ class Model:
         if self.loaded is not None and resident in (None, self.loaded.resident):
             yield self.loaded
             return
-        stream = LayerStream(
-            Checkpoint.open(self.folder),
-            device=ctx.torch_device,
-            compute=ctx.compute_dtype,
-            resident=resident,
-        )
+        stream = ctx.walk_of(Checkpoint.open(self.folder), resident=resident)
         if self.edit is None:
             yield stream
             return

@@ -8,6 +8,7 @@ leaves the base as it was.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 from torch import Tensor
 
@@ -118,17 +119,12 @@ def _needs_the_head_alone(ctx: Context, keys: Keys) -> bool:
 
 def loaded_as(ctx: Context) -> tuple[str, ...]:
     """What tells whether the base in memory is that of a context."""
-    return (str(ctx.base), ctx.base_id, ctx.device, ctx.compute)
+    return (str(ctx.base), ctx.base_id, *ctx.devices, ctx.compute)
 
 
 def _base(ctx: Context) -> LayerStream:
     """The walk of the base, whose weights stay loaded where they fit."""
-
-    def load() -> LayerStream:
-        return LayerStream(
-            Checkpoint.open(ctx.base), device=ctx.torch_device, compute=ctx.compute_dtype
-        )
-
+    load = partial(ctx.walk_of, Checkpoint.open(ctx.base))
     return ctx.session.kept.one(LOADED, loaded_as(ctx), load)
 
 

@@ -178,11 +178,12 @@ def _measure_elsewhere(ctx: Context, keys: Keys, models: Mapping[str, Model]) ->
     """Have several workers measure the checkpoints, where there are such workers."""
     if not ctx.spreads:
         return
-    calls = [
-        (ctx.elsewhere(), keys, model)
+    missing = [
+        model
         for model in models.values()
         if model.edit is None and not ctx.store.has(measure_ref(ctx, keys, model))
     ]
+    calls = [(ctx.elsewhere(number), keys, model) for number, model in enumerate(missing)]
     for _ in ctx.session.spread(NAME, _measure, calls):
         pass
 

@@ -22,7 +22,6 @@ from crane_tasks.models.files.layout import Slot, unit_name
 from crane_tasks.models.walk.gradients import Gradients, GradientWalk
 from crane_tasks.models.walk.losses import Item
 from crane_tasks.models.walk.states import States
-from crane_tasks.models.walk.stream import LayerStream
 from crane_tasks.numerics.stability import dealt, halves, union_gains, union_weights
 from crane_tasks.rows import load_rows
 from crane_tasks.scores.gradients import KEPT, SETS
@@ -101,7 +100,7 @@ def walk_unions(
         BadInput: the base's loss on a row is not finite.
     """
     base = ctx.pair().base
-    stream = LayerStream(base, device=ctx.torch_device, compute=ctx.compute_dtype)
+    stream = ctx.walk_of(base)
     items = {name: hands[name].items(tokens[name]) for name in SETS}
     sets = {_group(n, k): group for n in SETS for k, group in enumerate(items[n])}
     walk = GradientWalk(stream, sets, States(draft.scratch, ctx.state_memory), kept=KEPT)

@@ -22,7 +22,6 @@ from crane_tasks.models.files.checkpoint import Checkpoint
 from crane_tasks.models.files.layout import Slot, unit_name
 from crane_tasks.models.walk.gradients import Gradients, GradientWalk
 from crane_tasks.models.walk.states import States
-from crane_tasks.models.walk.stream import LayerStream
 from crane_tasks.numerics.scores import GainSums, stacked_gain_sums
 from crane_tasks.scores.gradients import GRADIENTS, KEPT, SETS, read_gradient, write_gradients
 from crane_tasks.scores.reading import Scores, part_scores, read_scores
@@ -148,7 +147,7 @@ def walk_scores(
     Unit of work: a decoder layer, both sets. The gradients go to `keep` first, if given.
     """
     base = ctx.pair().base
-    stream = LayerStream(base, device=ctx.torch_device, compute=ctx.compute_dtype)
+    stream = ctx.walk_of(base)
     tokens = {name: read_set(artifact) for name, artifact in sets.items()}
     states = States(draft.scratch, ctx.state_memory)
     items = {name: one.items() for name, one in tokens.items()}

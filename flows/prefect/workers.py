@@ -14,7 +14,9 @@ from urllib.parse import urlsplit
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
+from crane_tasks.devices import prepare
 from crane_tasks.errors import RecipeError
+from crane_tasks.recipe import Run
 from crane_tasks.session import Session, Spread, one_by_one
 
 T = TypeVar("T")
@@ -22,7 +24,8 @@ CONNECT_SECONDS = 10.0
 
 
 @task(name="unit", cache_policy=NO_CACHE, persist_result=False)
-def _unit(work: Callable[..., T], call: tuple[Any, ...]) -> T:
+def _unit(run: Run, work: Callable[..., T], call: tuple[Any, ...]) -> T:
+    prepare(run)
     return work(*call)
 
 
@@ -49,7 +52,7 @@ def spreading(session: Session) -> Iterator[Spread]:
             outside.run(
                 runner.submit,
                 _unit.with_options(task_run_name=f"{recipe.name}: {what} {number} of {len(calls)}"),
-                {"work": work, "call": call},
+                {"run": recipe.run, "work": work, "call": call},
             )
             for number, call in enumerate(calls, start=1)
         ]

@@ -3,10 +3,10 @@
     python tests/benchmarks/full_size.py KIND LAYERS FOLDER [--output FOLDER] [--device cuda]
 
 KIND is 30b (Qwen3-30B-A3B) or 80b (Qwen3-Next-80B-A3B), with so many of its 48 layers. A pair of
-weights is written into FOLDER (122 GB for all of the 30B: a memory file system holds it), merged,
-merged again with another alpha, and swept over two taus and three alphas. Printed are seconds and
-peaks of memory per stage, and the ratio to a plain program that reads both checkpoints twice and
-writes a delta and an output of their size.
+weights is written into FOLDER, if none is there (122 GB for all of the 30B: a memory file system
+holds it), merged, merged again with another alpha, and swept over two taus and three alphas. What
+an earlier run has stored goes. Printed are seconds and peaks of memory per stage, and the ratio to
+a plain program that reads both checkpoints twice and writes a delta and an output of their size.
 """
 
 import argparse
@@ -46,6 +46,7 @@ from flows.sweep import sweep  # noqa: E402
 
 SPREAD, NOISE = 0.02, 0.02  # of the weights, and of the delta relative to them
 WRITERS = 6
+INDEX = "model.safetensors.index.json"
 LETTERS = "abcdefghijklmnopqrstuvwxyz "
 TAUS, ALPHAS = (0.01, 0.03), (0.15, 0.25, 0.35)
 GB = 1e9
@@ -79,8 +80,8 @@ def groups_of(config: dict[str, Any], folder: Path) -> dict[str, list[tuple[str,
     return groups
 
 
-def write_pair(config: dict[str, Any], folder: Path, device: str) -> int:
-    """Base and donor in bfloat16; the bytes of a side."""
+def write_pair(config: dict[str, Any], folder: Path, device: str) -> None:
+    """Base and donor in bfloat16."""
     sides = [folder / "base", folder / "donor"]
     groups = groups_of(config, sides[0])
     shutil.copytree(sides[0], sides[1])
@@ -112,7 +113,7 @@ def write_pair(config: dict[str, Any], folder: Path, device: str) -> int:
     weight_map = {n: f"{g}.safetensors" for g, tensors in groups.items() for n, _ in tensors}
     for side in sides:
         index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-        (side / "model.safetensors.index.json").write_text(json.dumps(index))
+        (side / INDEX).write_text(json.dumps(index))
         write_tokenizer(side)
     return size
 
@@ -167,7 +168,7 @@ def recipe_at(
 
 @dataclass
 class Watch:
-    """What each stage took: seconds, and peaks of GPU and host memory in bytes."""
+    """What each stage took: seconds, and peaks of one GPU's and host memory in bytes."""
 
     device: str
     rows: list[tuple[str, float, int, int]] = field(default_factory=list)
@@ -178,7 +179,8 @@ class Watch:
         cuda = self.device.startswith("cuda")
         if cuda:
             torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
+            for number in range(torch.cuda.device_count()):
+                torch.cuda.reset_peak_memory_stats(number)
         peak, ended = [0], threading.Event()
         process = psutil.Process()
 
@@ -196,7 +198,8 @@ class Watch:
             seconds = time.monotonic() - start
             ended.set()
             thread.join()
-        on_device = torch.cuda.max_memory_allocated() if cuda else 0
+        gpus = range(torch.cuda.device_count() if cuda else 0)
+        on_device = max(map(torch.cuda.max_memory_allocated, gpus), default=0)
         self.rows.append((title, seconds, on_device, peak[0]))
         held = f"{on_device / GB:6.1f} GB GPU  {peak[0] / GB:6.1f} GB host"
         say(f"{title:<28} {seconds:8.1f} s  {held}")
@@ -256,16 +259,21 @@ def main() -> None:
     parser.add_argument("layers", type=int)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--output", type=Path, help="where the outputs go; default in FOLDER")
-    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--device", default="cuda", help="as run.device; cuda: all GPUs")
+    parser.add_argument("--no-sweep", action="store_true")
     parser.add_argument("--gpu-memory", help="what may be taken of the GPU, as 24GB")
     asked = parser.parse_args()
     folder: Path = asked.folder.absolute()
     output: Path = (asked.output or folder).absolute()
     name = torch.cuda.get_device_name() if asked.device.startswith("cuda") else "CPU"
     watch = Watch(asked.device)
-    with watch.over("writing the pair"):
-        size = write_pair(config_of(asked.kind, asked.layers), folder, asked.device)
-    write_rows(folder)
+    if not (folder / "donor" / INDEX).exists():
+        with watch.over("writing the pair"):
+            write_pair(config_of(asked.kind, asked.layers), folder, asked.device.split(",")[0])
+        write_rows(folder)
+    size = json.loads((folder / "base" / INDEX).read_text())["metadata"]["total_size"]
+    for earlier in (folder / "store", output / "out", output / "out-report", output / "sweep"):
+        shutil.rmtree(earlier, ignore_errors=True)
     machine = f"{os.cpu_count()} cores, {psutil.virtual_memory().total / GB:.0f} GB of memory"
     say(f"{asked.kind}, {asked.layers} layers, {size / GB:.1f} GB a side; {name}, {machine}")
     store = Store(folder / "store")
@@ -287,6 +295,8 @@ def main() -> None:
     run("the same again", 0.25)
     shutil.rmtree(output / "out")
     run("another alpha", 0.3)
+    if asked.no_sweep:
+        return
     recipe = recipe_at(folder, output / "out", asked.device, asked.gpu_memory)
     with watch.over("a point alone"):
         sweep(Session(recipe, store), [0.2], [TAUS[1]], folder=output / "sweep")

@@ -17,12 +17,14 @@ from crane_tasks.errors import CheckpointError
 from crane_tasks.method import keys_of
 from crane_tasks.models.decoding.greedy import decode_greedily, load_resident
 from crane_tasks.models.files.checkpoint import Checkpoint
+from crane_tasks.models.walk import passage
 from crane_tasks.models.walk.activations import Sums, walk_activations
 from crane_tasks.models.walk.gradients import Gradients, GradientWalk
+from crane_tasks.models.walk.keeping import HostKeeper, Keeper
 from crane_tasks.models.walk.losses import Item, item_losses
 from crane_tasks.models.walk.overlay import Overlay
 from crane_tasks.models.walk.states import States
-from crane_tasks.models.walk.stream import LayerStream
+from crane_tasks.models.walk.stream import TOKENS, LayerStream
 from crane_tasks.numerics.projector import basis_from_gram, gram, project, protection
 from crane_tasks.numerics.rounding import round_stochastic
 from crane_tasks.numerics.threshold import median_magnitude
@@ -273,3 +275,52 @@ def test_weights_that_are_not_finite_are_named_on_the_device(
     ctx = open_context(session)
     with pytest.raises(CheckpointError, match=f"{name} in .*donor"):
         DELTA.build(ctx, keys_of(ctx))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are no two GPUs")
+@pytest.mark.parametrize("place", ["on the device", "offloaded", "on the host"])
+@pytest.mark.parametrize("resident", [True, False])
+def test_two_gpus_give_the_gradients_of_one(
+    place: str,
+    resident: bool,
+    pairs: Callable[[str], Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Wherever hidden states wait; and the same bits from run to run."""
+    checkpoint = Checkpoint.open(pairs("qwen3_moe").base)
+    monkeypatch.setitem(TOKENS, "resident" if resident else "streamed", 64)
+
+    def keeper(device: torch.device, *args: Any, **kwargs: Any) -> Keeper:
+        return {
+            "on the device": Keeper(device),
+            "offloaded": Keeper(device, offload=True),
+            "on the host": HostKeeper(device),
+        }[place]
+
+    monkeypatch.setattr(passage, "keeper_for", keeper)
+
+    def gradients(name: str, *devices: str) -> dict[Any, Any]:
+        first, *others = map(torch.device, devices)
+        stream = LayerStream(
+            checkpoint, device=first, compute=torch.float32, resident=resident, others=others
+        )
+        numbers = torch.Generator().manual_seed(3)
+        items = [
+            Item(torch.randint(300, (n,), generator=numbers), 4, 0.1) for n in range(10, 60, 5)
+        ]
+        found: dict[Any, Any] = {}
+
+        def visit(layer: int | None, by_set: Any) -> None:
+            found.update({(layer, n): g.cpu() for n, g in by_set["both"].items()})
+
+        GradientWalk(stream, {"both": items}, States(tmp_path / name)).run(
+            visit, set(), lambda step: None
+        )
+        return found
+
+    one = gradients("one", "cuda:0")
+    two, again = (gradients(name, "cuda:0", "cuda:1") for name in ("two", "again"))
+    for key, gradient in one.items():
+        torch.testing.assert_close(two[key], gradient, rtol=1e-3, atol=1e-6)
+    assert all(torch.allclose(two[key], again[key], rtol=1e-5, atol=1e-8) for key in two)

@@ -3,7 +3,7 @@
 Only a sum over the rows is kept per site, such as HᵀH, so memory does not grow with the rows.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -112,8 +112,8 @@ def walk_activations(
     batches = batched([ids for ids, _ in items], stream.batch_tokens)
     passage = Passage(stream, batches, 3)
     states = states.within(plan_mark(batches))
-    states.offload = passage.keeper.offload
-    masks = [_mask(batch, items).to(stream.device) for batch in batches]
+    states.offload = passage.offload
+    masks = [_mask(b, items).to(stream.device_of(i)) for i, b in enumerate(batches)]
     reached = max((i + 1 for i in done if states.has(f"behind.{i}")), default=0)
     if reached:
         passage.hidden = states.load(f"behind.{reached - 1}")
@@ -122,17 +122,38 @@ def walk_activations(
     stream.expect(range(reached, count))
     try:
         for layer in range(reached, count):
-            with stream.layer(layer) as module:
-                taps = _Taps(module, sites, reduce, masks)
-                passage.push(module, layer, pace, taps.choose)
-                taps.remove()
+            with stream.on_each(layer) as modules:
+                taps = [_Taps(module, sites, reduce, masks) for module in modules]
+                passage.push(modules, layer, pace, partial(_choose, taps, passage))
+                for tapped in taps:
+                    tapped.remove()
             states.save(f"behind.{layer}", passage.hidden)
             if layer not in done:
-                visit(layer, taps.sums)
+                visit(layer, _together([tapped.sums for tapped in taps], stream.device))
             states.drop(f"behind.{layer - 1}")
             pace.layer()
     finally:
         states.flush()
+
+
+def _choose(taps: Sequence[_Taps], passage: Passage, batch: int) -> None:
+    taps[passage.place(batch)].choose(batch)
+
+
+def _together(parts: list[Sums], device: torch.device) -> Sums:
+    """What the devices have added up, in their order, on one of them."""
+    first, *rest = parts
+    for sums in rest:
+        for site, by_expert in sums.items():
+            own = first.setdefault(site, {})
+            for expert, one in by_expert.items():
+                moved = one.total.to(device)
+                if expert in own:
+                    own[expert].total += moved
+                    own[expert].rows += one.rows
+                else:
+                    own[expert] = Sum(moved, one.rows)
+    return first
 
 
 def _mask(batch: Batch, items: list[tuple[Tensor, Tensor]]) -> Tensor:

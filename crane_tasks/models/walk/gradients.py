@@ -7,12 +7,14 @@ recomputed with grad from its boundary, and the incoming gradient is pulled thro
 
 import math
 from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from crane_tasks.models.walk.batches import Batch, batched, plan_mark
+from crane_tasks.models.walk.loading import on
 from crane_tasks.models.walk.losses import Item, batch_losses
 from crane_tasks.models.walk.pace import OnStep, Pace
 from crane_tasks.models.walk.passage import Passage
@@ -34,25 +36,16 @@ class Accumulator:
     the sums; a single batch needs no sum.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        self._parameters = parameters
-        self._sums: Gradients = {}
+    def __init__(self, *copies: Mapping[str, nn.Parameter]) -> None:
+        """`copies`: the parameters on each device; the sums come to be on the first."""
+        self._parameters = copies[0]
+        self._sums: list[Gradients] = [{} for _ in copies]
         self._hooks = []
-        for name, parameter in parameters.items():
-            hooked: Any = parameter  # the method has no types
-            self._hooks.append(hooked.register_post_accumulate_grad_hook(self._taker(name)))
-
-    def _taker(self, name: str) -> Callable[[Tensor], None]:
-        def take(parameter: Tensor) -> None:
-            gradient, parameter.grad = parameter.grad, None
-            assert gradient is not None
-            if name not in self._sums:
-                self._sums[name] = gradient
-            else:
-                wide = torch.promote_types(gradient.dtype, torch.float32)
-                self._sums[name] = self._sums[name].to(wide).add_(gradient)
-
-        return take
+        for sums, parameters in zip(self._sums, copies, strict=True):
+            for name, parameter in parameters.items():
+                hooked: Any = parameter  # the method has no types
+                take = partial(_take, sums, name)
+                self._hooks.append(hooked.register_post_accumulate_grad_hook(take))
 
     def result(self, kept: torch.dtype | None) -> Gradients:
         """The sums, rounded once to `kept` (None: float32 or wider); ends the collection.
@@ -62,13 +55,31 @@ class Accumulator:
         for hook in self._hooks:
             hook.remove()
         totals: Gradients = {}
+        first, *others = self._sums
         for name, parameter in self._parameters.items():
+            for sums in others:  # in the devices' order, so that every run adds alike
+                if name in sums:
+                    _add(first, name, sums.pop(name).to(parameter.device))
             dtype = kept or torch.promote_types(parameter.dtype, torch.float32)
-            if name in self._sums:
-                totals[name] = self._sums.pop(name).to(dtype)
+            if name in first:
+                totals[name] = first.pop(name).to(dtype)
             else:
                 totals[name] = torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
         return totals
+
+
+def _take(sums: Gradients, name: str, parameter: Tensor) -> None:
+    gradient, parameter.grad = parameter.grad, None
+    assert gradient is not None
+    _add(sums, name, gradient)
+
+
+def _add(sums: Gradients, name: str, gradient: Tensor) -> None:
+    if name not in sums:
+        sums[name] = gradient
+    else:
+        wide = torch.promote_types(gradient.dtype, torch.float32)
+        sums[name] = sums[name].to(wide).add_(gradient)
 
 
 class GradientWalk:
@@ -98,8 +109,7 @@ class GradientWalk:
         ]
         self._states = states.within(plan_mark(batch for _, batch in self._batches))
         self._passage = Passage(stream, [b for _, b in self._batches], stream.num_layers + 2)
-        self._keeper = self._passage.keeper
-        self._states.offload = self._keeper.offload
+        self._states.offload = self._passage.offload
         self.losses: dict[str, list[float]] = {n: [math.nan] * len(i) for n, i in sets.items()}
 
     def run(self, visit: Visit, done: Collection[int | None], on_step: OnStep) -> None:
@@ -165,8 +175,8 @@ class GradientWalk:
         stream, states, passage = self._stream, self._states, self._passage
         passage.hidden = states.load(f"hidden.{reached}")
         for layer in range(reached, stream.num_layers):
-            with stream.layer(layer) as module:
-                passage.push(module, layer, pace)
+            with stream.on_each(layer) as modules:
+                passage.push(modules, layer, pace)
             states.save(f"hidden.{layer + 1}", passage.hidden)
             pace.layer()
 
@@ -184,15 +194,17 @@ class GradientWalk:
                 sums = Accumulator(stream.outside)
                 for index, batch in self._of(name):
                     chosen = [items[i] for i in batch.items]
-                    losses, grad = batch_losses(stream, self._keeper.fetch(hidden[index]), chosen)
+                    keeper = self._passage.keeper(index)
+                    last = keeper.fetch(hidden[index]).to(stream.device)
+                    losses, grad = batch_losses(stream, last, chosen)
                     assert grad is not None
-                    gradients[index] = self._keeper.keep(grad)
+                    gradients[index] = keeper.keep(grad.to(keeper.device))
                     for item, loss in zip(batch.items, losses, strict=True):
                         self.losses[name][item] = loss
                 by_set[name] = sums.result(self._kept)
         for p in stream.outside.values():
             p.requires_grad_(False)
-        self._keeper.settle()
+        self._passage.settle()
         states.save(f"grad.{count}", gradients)
         if None not in done:
             visit(None, by_set)
@@ -228,16 +240,19 @@ class GradientWalk:
         hidden = self._states.load(f"hidden.{layer}")
         outgoing: list[Tensor] = [torch.empty(0)] * len(hidden)
         by_set: dict[str, Gradients] = {}
-        with stream.layer(layer, grad=True) as module:
+        passage = self._passage
+        with stream.on_each(layer, grad=True) as modules:
             for name in self._sets:
-                sums = Accumulator(dict(module.named_parameters()))
+                sums = Accumulator(*(dict(module.named_parameters()) for module in modules))
                 for index, _ in self._of(name):
-                    state = self._keeper.fetch(hidden[index]).detach().requires_grad_(True)
-                    out = stream.run(module, state, self._passage.calls[index][layer])
-                    torch.autograd.backward(out, self._keeper.fetch(incoming[index]))
-                    assert state.grad is not None
-                    outgoing[index] = self._keeper.keep(state.grad)
+                    keeper, module = passage.keeper(index), modules[passage.place(index)]
+                    with on(keeper.device):
+                        state = keeper.fetch(hidden[index]).detach().requires_grad_(True)
+                        out = stream.run(module, state, passage.calls[index][layer])
+                        torch.autograd.backward(out, keeper.fetch(incoming[index]))
+                        assert state.grad is not None
+                        outgoing[index] = keeper.keep(state.grad)
                     pace.batch("backward", layer, index, BACKWARD)
                 by_set[name] = sums.result(self._kept)
-        self._keeper.settle()
+        passage.settle()
         return by_set, outgoing

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from crane_tasks.models.files.memory import free_gpu_memory
-from crane_tasks.models.walk.loading import recorded
+from crane_tasks.models.walk.loading import on, recorded
 
 # Lists of hidden states that are on a device at once where the rest is in host memory.
 IN_USE = 6
@@ -83,15 +83,17 @@ class HostKeeper(Keeper):
 
     def keep(self, state: Tensor) -> Tensor:
         slot, state = self._slot(), state.detach()
-        slot.room_for(state).copy_(state, non_blocking=True)
-        slot.moved = recorded()
+        with on(self.device):
+            slot.room_for(state).copy_(state, non_blocking=True)
+            slot.moved = recorded()
         slot.target = torch.empty(state.shape, dtype=state.dtype)
         return slot.target
 
     def fetch(self, state: Tensor) -> Tensor:
         slot = self._slot()
-        on_device = slot.room_for(state).copy_(state).to(self.device, non_blocking=True)
-        slot.moved = recorded()
+        with on(self.device):
+            on_device = slot.room_for(state).copy_(state).to(self.device, non_blocking=True)
+            slot.moved = recorded()
         return on_device
 
     def settle(self) -> None:

@@ -4,6 +4,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -107,6 +108,11 @@ def recorded() -> torch.cuda.Event:
     event: torch.cuda.Event = make()
     event.record()
     return event
+
+
+def on(device: torch.device) -> AbstractContextManager[Any]:
+    """Make a GPU the current one, whose streams and events are meant when none is named."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _jobs(sources: Sources, into: memoryview) -> Iterator[Job]:

@@ -61,8 +61,8 @@ def losses_of_sets(
     pace = Pace(on_step, layers=count, tokens=passage.tokens, passes=count)
     stream.expect(range(count))
     for layer in range(count):
-        with stream.layer(layer) as module:
-            passage.push(module, layer, pace)
+        with stream.on_each(layer) as modules:
+            passage.push(modules, layer, pace)
         pace.layer()
     return _at_the_head(stream, sets, batches, passage)
 
@@ -85,16 +85,17 @@ def losses_of_models(
     """
     batches = _batches(stream, sets)
     passages = []
-    for edit in edits:
+    for number, edit in enumerate(edits):
+        own = [stream.device_of(number)]
         with stream.edited(edit, layers=False):
-            passages.append(Passage(stream, [b for _, b in batches], 2 * len(edits)))
+            passages.append(Passage(stream, [b for _, b in batches], 2 * len(edits), own))
     count, tokens = stream.num_layers, passages[0].tokens * len(edits)
     pace = Pace(on_step, layers=count, tokens=tokens, passes=count)
     stream.expect(range(count))
     for layer in range(count):
         with stream.layers(layer, together, len(edits)) as modules:
             for number, (module, passage) in enumerate(zip(modules, passages, strict=True)):
-                passage.push(module, layer, pace, first=number * len(batches))
+                passage.push([module], layer, pace, first=number * len(batches))
         pace.layer()
     found = []
     for edit, passage in zip(edits, passages, strict=True):
@@ -120,11 +121,10 @@ def _at_the_head(
 ) -> list[SetLosses]:
     found = [([math.nan] * len(items), [torch.empty(0)] * len(items)) for items in sets]
     with stream.head():
-        for (number, batch), h in zip(batches, passage.hidden, strict=True):
-            items, (losses, states) = sets[number], found[number]
-            of_batch, _ = batch_losses(
-                stream, passage.keeper.fetch(h), [items[i] for i in batch.items]
-            )
+        for index, (number, batch) in enumerate(batches):
+            items, (losses, states), h = sets[number], found[number], passage.hidden[index]
+            last = passage.keeper(index).fetch(h).to(stream.device)
+            of_batch, _ = batch_losses(stream, last, [items[i] for i in batch.items])
             for place, loss, state in zip(batch.items, of_batch, unpadded(batch, h), strict=True):
                 losses[place], states[place] = loss, state
     return found

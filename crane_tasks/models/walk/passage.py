@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from crane_tasks.models.walk.batches import Batch
-from crane_tasks.models.walk.keeping import keeper_for
+from crane_tasks.models.walk.keeping import Keeper, keeper_for
+from crane_tasks.models.walk.loading import on
 from crane_tasks.models.walk.pace import Pace
 from crane_tasks.models.walk.stream import LayerStream
 
@@ -17,38 +18,75 @@ class Passage:
     Attributes:
         hidden: per batch the state [B, T, d], first that before layer 0.
         calls: per batch and layer the layer's other arguments.
-        keeper: where states wait.
         tokens: tokens of each batch, padding included.
     """
 
-    def __init__(self, stream: LayerStream, batches: Sequence[Batch], lists: int) -> None:
-        """`lists`: boundaries that the walk holds at once, this one included."""
+    def __init__(
+        self,
+        stream: LayerStream,
+        batches: Sequence[Batch],
+        lists: int,
+        devices: Sequence[torch.device] | None = None,
+    ) -> None:
+        """Args:
+        lists: boundaries that the walk holds at once, this one included.
+        devices: those that the batches are spread over; the stream's by default.
+        """
         self._stream = stream
+        self.devices = stream.devices if devices is None else tuple(devices)
         with stream.embedding():
             entered = [stream.enter(batch.ids) for batch in batches]
-        self.calls = [calls for _, calls in entered]
-        boundary = sum(hidden.nbytes for hidden, _ in entered)
-        self.keeper = keeper_for(stream.device, boundary, lists, resident=stream.resident)
-        self.hidden: list[Tensor] = [self.keeper.keep(hidden) for hidden, _ in entered]
-        self.keeper.settle()
+        own = [self.devices[i % len(self.devices)] for i in range(len(batches))]
+        self.calls = [
+            [call.to(device) for call in calls]
+            for device, (_, calls) in zip(own, entered, strict=True)
+        ]
+        boundary = sum(hidden.nbytes for hidden, _ in entered) // len(self.devices)
+        self._keepers = [
+            keeper_for(device, boundary, lists, resident=stream.resident) for device in self.devices
+        ]
+        self.hidden: list[Tensor] = [
+            self.keeper(i).keep(hidden.to(own[i])) for i, (hidden, _) in enumerate(entered)
+        ]
+        self.settle()
         self.tokens = [batch.ids.numel() for batch in batches]
+
+    @property
+    def offload(self) -> bool:
+        """Whether saved lists are to be moved to host memory."""
+        return any(keeper.offload for keeper in self._keepers)
+
+    def place(self, index: int) -> int:
+        """Which of the devices a batch is on."""
+        return index % len(self.devices)
+
+    def keeper(self, index: int) -> Keeper:
+        """What keeps a batch's states."""
+        return self._keepers[self.place(index)]
+
+    def settle(self) -> None:
+        """Wait until all that was kept is there."""
+        for keeper in self._keepers:
+            keeper.settle()
 
     @torch.no_grad()
     def push(
         self,
-        module: nn.Module,
+        modules: Sequence[nn.Module],
         layer: int,
         pace: Pace,
         before: Callable[[int], None] = lambda index: None,
         first: int = 0,
     ) -> None:
-        """Every batch through one layer; `before(index)` ahead of each.
+        """Every batch through one layer, which lies on each device; `before(index)` ahead of each.
 
         The pace counts its batches from `first` on.
         """
         for index, calls in enumerate(self.calls):
             before(index)
-            state = self.keeper.fetch(self.hidden[index])
-            self.hidden[index] = self.keeper.keep(self._stream.run(module, state, calls[layer]))
+            keeper, module = self.keeper(index), modules[self.place(index)]
+            with on(keeper.device):
+                state = keeper.fetch(self.hidden[index])
+                self.hidden[index] = keeper.keep(self._stream.run(module, state, calls[layer]))
             pace.batch("forward", layer, first + index, 1)
-        self.keeper.settle()
+        self.settle()

@@ -19,11 +19,13 @@ from blake3 import blake3
 from torch import Tensor
 
 from crane_tasks.models.files.safetensors_io import DTYPES, ShardWriter, read_header, read_rows
-from crane_tasks.models.walk.loading import recorded
+from crane_tasks.models.walk.loading import on, recorded
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 SUFFIX = ".safetensors"
 DIGITS = 64  # of a blake3 digest
+# Per GPU, where the work that makes a list ends.
+Events = dict[torch.device, torch.cuda.Event]
 # Lists that may wait on the device to be offloaded.
 ON_DEVICE = 2
 # Tasks for the disk that may wait without their list being held in memory anyway.
@@ -93,9 +95,9 @@ class States:
                 self._memory.popitem(last=False)
         self._saves += 1
         self._wanted[name] = number = self._saves
-        event = recorded() if any(t.is_cuda for t in states) else None
-        if event is not None and self.offload:
-            moved = self._offloader.submit(self._offloaded, name, number, states, event)
+        events = _events(states)
+        if events and self.offload:
+            moved = self._offloader.submit(self._offloaded, name, number, states, events)
             self._offloading.append(moved)
             while len(self._offloading) > ON_DEVICE:
                 self._offloading.popleft().result()
@@ -103,34 +105,40 @@ class States:
             self._later(name, lambda: self._write(name, number, moved.result()))
         else:
             self._later(
-                name, lambda: self._write(name, number, self._fetched(name, number, states, event))
+                name, lambda: self._write(name, number, self._fetched(name, number, states, events))
             )
         # A list that waits for the disk is in memory all the same: only so many may.
         while sum(waiting not in self._memory for waiting, _ in self._tasks) > BEHIND:
             self._tasks.popleft()[1].result()
 
-    def _offloaded(self, name: str, number: int, states: list[Tensor], event: Any) -> list[Tensor]:
-        moved = self._fetched(name, number, states, event)
+    def _offloaded(
+        self, name: str, number: int, states: list[Tensor], events: Events
+    ) -> list[Tensor]:
+        moved = self._fetched(name, number, states, events)
         with self._lock:
             if self._wanted.get(name) == number and name in self._memory:
                 self._memory[name] = moved
         return moved
 
-    def _fetched(self, name: str, number: int, states: list[Tensor], event: Any) -> list[Tensor]:
-        """A list in host memory, without waiting for what the device does after it was saved."""
-        if event is None or self._wanted.get(name) != number:
+    def _fetched(
+        self, name: str, number: int, states: list[Tensor], events: Events
+    ) -> list[Tensor]:
+        """A list in host memory, without waiting for what a device does after it was saved."""
+        if not events or self._wanted.get(name) != number:
             return states
         aside: Any = torch.cuda.Stream  # its types are missing
-        with torch.cuda.stream(aside()):
-            torch.cuda.current_stream().wait_event(event)
-            return [self._to_host(state) for state in states]
+        streams = {device: aside(device) for device in events}
+        for device, stream in streams.items():
+            stream.wait_event(events[device])
+        return [self._to_host(t, streams[t.device]) if t.device in streams else t for t in states]
 
-    def _to_host(self, state: Tensor) -> Tensor:
+    def _to_host(self, state: Tensor, stream: torch.cuda.Stream) -> Tensor:
         if self._staging.numel() < state.nbytes:
             self._staging = torch.empty(state.nbytes, dtype=torch.uint8, pin_memory=True)
         through = self._staging[: state.nbytes].view(state.dtype).view(state.shape)
-        through.copy_(state, non_blocking=True)
-        torch.cuda.current_stream().synchronize()
+        with torch.cuda.stream(stream):
+            through.copy_(state, non_blocking=True)
+            stream.synchronize()
         # NumPy asks for huge pages: page by page, fresh memory takes longer than the copy.
         fresh = torch.from_numpy(np.empty(state.nbytes, dtype=np.uint8))
         return fresh.view(state.dtype).view(state.shape).copy_(through)
@@ -211,6 +219,14 @@ class States:
         if errors:
             raise errors[0]
         self._clear(self._saves)
+
+
+def _events(states: list[Tensor]) -> Events:
+    found = {}
+    for device in {t.device for t in states if t.is_cuda}:
+        with on(device):
+            found[device] = recorded()
+    return found
 
 
 def _size(lists: OrderedDict[str, list[Tensor]]) -> int:

@@ -6,9 +6,8 @@ model's own forward is called: each stub records the arguments that its layer wo
 injected, so that embedding, final norm, head and soft-capping stay the library's code.
 """
 
-import copy
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,7 +27,13 @@ from crane_tasks.models.walk.overlay import (
 )
 from crane_tasks.models.walk.skeleton import generation_config, skeleton
 from crane_tasks.models.walk.stubs import LayerCall, Stub, require_plain
-from crane_tasks.models.walk.weights import drop_weights, fits, give_weights, load_buffers
+from crane_tasks.models.walk.weights import (
+    drop_weights,
+    fits,
+    give_weights,
+    load_buffers,
+    replica,
+)
 
 # Tokens of one batch, padding included: enough to fill the device; where weights are
 # streamed to save memory, few enough that a layer's activations are small beside them.
@@ -43,6 +48,7 @@ class LayerStream:
     decided from the free memory). Embedding and head are there only while they are used.
 
     Attributes:
+        devices: those that a walk is spread over, its own one first.
         outside: parameters outside the layers that take gradients (the final norm).
     """
 
@@ -53,9 +59,12 @@ class LayerStream:
         device: torch.device,
         compute: torch.dtype,
         resident: bool | None = None,
+        others: Sequence[torch.device] = (),
     ) -> None:
+        """`others`: devices besides, over which a walk's batches are spread."""
         self.checkpoint = checkpoint
         self.device = device
+        self.devices = (device, *others)
         self.compute = compute
         self.resident = fits(checkpoint, device, compute) if resident is None else resident
         self._loaded: set[int] = set()
@@ -98,6 +107,10 @@ class LayerStream:
         if self.device.type == "cpu":
             return TOKENS["cpu"]
         return TOKENS["resident" if self.resident else "streamed"]
+
+    def device_of(self, number: int) -> torch.device:
+        """Where the batch of this number goes, or the model."""
+        return self.devices[number % len(self.devices)]
 
     def _assign(self, names: Iterable[str], device: torch.device) -> None:
         """Load some parameters of the model, by its names for them."""
@@ -205,10 +218,19 @@ class LayerStream:
         self._loaded.add(index)
 
     @contextmanager
+    def on_each(self, index: int, *, grad: bool = False) -> Iterator[list[nn.Module]]:
+        """Layer `index` as `layer` has it, and a copy of it on every other device."""
+        with self.layer(index, grad=grad) as module:
+            yield [module, *(replica(module, device) for device in self.devices[1:])]
+
+    @contextmanager
     def layers(self, index: int, edits: Overlays, count: int) -> Iterator[list[nn.Module]]:
-        """Layer `index` of so many models that differ from the checkpoint by an edit each."""
+        """Layer `index` of so many models that differ from the checkpoint by an edit each.
+
+        They lie on the devices in turn.
+        """
         with self.layer(index) as module:
-            own = [copy.deepcopy(module) for _ in range(count)]
+            own = [replica(module, self.device_of(number)) for number in range(count)]
             prefix = f"model.layers.{index}"
             weights = [{n: p.data for n, p in m.named_parameters(prefix=prefix)} for m in own]
             lay_all_over(self.checkpoint, edits, weights)

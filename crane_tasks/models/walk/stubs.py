@@ -19,6 +19,11 @@ class LayerCall:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
+    def to(self, device: torch.device) -> "LayerCall":
+        """The same on a device."""
+        kwargs = {name: _moved(value, device) for name, value in self.kwargs.items()}
+        return LayerCall(tuple(_moved(value, device) for value in self.args), kwargs)
+
 
 class Stub(nn.Module):
     """Stands where a decoder layer was: records its arguments, passes the state on."""
@@ -47,6 +52,12 @@ def require_plain(calls: Iterable[LayerCall], folder: Path) -> None:
                 f"{folder}: layer {index} is given {listed(odd)}, which "
                 "cannot cross layers that run apart; this model is not supported"
             )
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_moved(v, device) for v in value)
+    return value.to(device) if isinstance(value, Tensor) else value
 
 
 def _plain(value: Any) -> bool:

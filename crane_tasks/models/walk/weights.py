@@ -1,5 +1,6 @@
 """A model's weights and buffers: whether all fit, put into its modules, and taken out of them."""
 
+import copy
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -37,6 +38,17 @@ def drop_weights(module: nn.Module) -> None:
     """Leave the shapes of a module's parameters, and no memory."""
     weights = {n: torch.empty_like(p, device="meta") for n, p in module.named_parameters()}
     give_weights(module, weights)
+
+
+def replica(module: nn.Module, device: torch.device) -> nn.Module:
+    """A copy of a module on a device, also on its own."""
+    moved: dict[int, Tensor] = {}
+    for p in module.parameters():
+        there = p.detach().to(device, non_blocking=True, copy=True)
+        moved[id(p)] = nn.Parameter(there, requires_grad=p.requires_grad)
+    for b in module.buffers():
+        moved[id(b)] = b.to(device)
+    return copy.deepcopy(module, moved)
 
 
 def load_buffers(model: Any, checkpoint: Checkpoint, device: torch.device) -> None:
