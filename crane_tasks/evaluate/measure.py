@@ -146,7 +146,8 @@ def keep_losses(
             unit.write("losses", torch.tensor(losses, dtype=torch.float64))
             if name == "agent":
                 chosen = format_positions(patterns, tokenizer, tokens)
-                rows = [s[p] for s, p in zip(states, chosen, strict=True)]
+                # Batches may have waited on several devices.
+                rows = [s[p].cpu() for s, p in zip(states, chosen, strict=True)]
                 unit.write("format_states", torch.cat(rows).float())
 
 

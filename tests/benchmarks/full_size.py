@@ -118,8 +118,9 @@ def write_pair(config: dict[str, Any], folder: Path, device: str) -> None:
     return size
 
 
-def write_rows(folder: Path) -> None:
-    """36 + 16 items of about 90,000 tokens, 400 format rows of 380,000, and 32 held-out rows."""
+def write_rows(folder: Path, times: int) -> None:
+    """36 + 16 items of about 90,000 tokens, 400 format rows of 380,000, and 32 held-out rows;
+    of each so many times as many."""
     letters = random.Random(3)
 
     def text(length: int) -> str:
@@ -131,7 +132,7 @@ def write_rows(folder: Path) -> None:
                 "messages": [{"role": "user", "content": text(prompt)}],
                 **({"completion": f"<think>{text(target)}</think>"} if target else {}),
             })
-            for _ in range(count)
+            for _ in range(times * count)
         ]  # fmt: skip
         (folder / file).write_text("\n".join(lines) + "\n")
 
@@ -260,6 +261,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--output", type=Path, help="where the outputs go; default in FOLDER")
     parser.add_argument("--device", default="cuda", help="as run.device; cuda: all GPUs")
+    parser.add_argument("--rows", type=int, default=1, help="so many times the rows")
     parser.add_argument("--no-sweep", action="store_true")
     parser.add_argument("--gpu-memory", help="what may be taken of the GPU, as 24GB")
     asked = parser.parse_args()
@@ -270,7 +272,7 @@ def main() -> None:
     if not (folder / "donor" / INDEX).exists():
         with watch.over("writing the pair"):
             write_pair(config_of(asked.kind, asked.layers), folder, asked.device.split(",")[0])
-        write_rows(folder)
+        write_rows(folder, asked.rows)
     size = json.loads((folder / "base" / INDEX).read_text())["metadata"]["total_size"]
     for earlier in (folder / "store", output / "out", output / "out-report", output / "sweep"):
         shutil.rmtree(earlier, ignore_errors=True)
