@@ -11,7 +11,7 @@ def prepare(run: Run) -> tuple[str, ...]:
     """The torch devices that a recipe means, its first one first; this process is held to what
     it may take of them, and to its number of threads.
 
-    "cuda" are all GPUs that are visible, "auto" those or the CPU.
+    "cuda" are all GPUs that are visible, "auto" is the first of them or the CPU.
 
     Raises:
         RecipeError: a device is not there.
@@ -32,7 +32,7 @@ def _devices(wanted: str) -> tuple[str, ...]:
     if not visible:
         raise RecipeError(f"run.device: {wanted}, but torch finds no CUDA device; use cpu")
     if wanted in ("auto", "cuda"):
-        return tuple(f"cuda:{number}" for number in range(visible))
+        return tuple(f"cuda:{number}" for number in range(visible if wanted == "cuda" else 1))
     named = tuple(dict.fromkeys(wanted.split(",")))
     if absent := [name for name in named if int(name.removeprefix("cuda:")) >= visible]:
         raise RecipeError(

@@ -161,7 +161,7 @@ class Run(Section):
     device: str = Field(
         default="auto",
         pattern=r"^(auto|cpu|cuda|cuda:\d+(,cuda:\d+)*)$",
-        description="auto: all GPUs if there is one; some: cuda:0,cuda:2",
+        description="auto: a GPU if there is one; cuda: all of them; cuda:0,cuda:2: some",
     )
     store: str | None = Field(default=None, description="folder; default ./crane-store")
     output: str | None = Field(default=None, description="folder; default ./merged/NAME-...")

@@ -127,7 +127,8 @@ def walk_activations(
                 passage.push(modules, layer, pace, partial(_choose, taps, passage))
                 for tapped in taps:
                     tapped.remove()
-            states.save(f"behind.{layer}", passage.hidden)
+            if layer + 1 < count:  # behind the last one nothing goes on
+                states.save(f"behind.{layer}", passage.hidden)
             if layer not in done:
                 visit(layer, _together([tapped.sums for tapped in taps], stream.device))
             states.drop(f"behind.{layer - 1}")
