@@ -147,6 +147,9 @@ class Evaluate(Section):
     )
     max_new_tokens: Count = Field(default=2048, gt=0, description=LONGEST)
     max_prompt_length: Count = Field(default=2048, gt=0, description=LONGEST_PROMPT)
+    run_code: bool = Field(
+        default=False, description="rows' `python-tests` may run what a model wrote, in bubblewrap"
+    )
 
 
 Workers = (
@@ -244,6 +247,7 @@ KEYLESS = {
     "calibration.reasoning.max_prompt_length": "refuses rows, changes none",
     "calibration.agent.max_prompt_length": "refuses rows, changes none",
     "evaluate.max_prompt_length": "refuses rows, changes none",
+    "evaluate.run_code": "refuses rows, changes no grade",
 }
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from artifacts.ref import digest_of
 from crane_tasks.conversation import characters, messages_of, template_options, tools_of
 from crane_tasks.errors import DataError
+from crane_tasks.grades import check_answer, check_calls
 from crane_tasks.recipe import Recipe, data_sources
 from crane_tasks.row_files import UNITS, kind_of, read_records, without_nulls
 from crane_tasks.section import Data, Rows, rows_of
@@ -26,6 +27,7 @@ class Row:
         tools: function schemas, or None.
         completion: the target given by the data, or None.
         options: what the row hands to the chat template besides.
+        answer, calls: what a right answer is, where the row says it (`grades.py`).
     """
 
     place: str
@@ -33,9 +35,11 @@ class Row:
     tools: Sequence[Any] | None
     completion: str | None
     options: Mapping[str, Any] = field(default_factory=dict)
+    answer: Mapping[str, Any] | None = None
+    calls: Sequence[Mapping[str, Any]] | None = None
 
     def content(self) -> dict[str, Any]:
-        """All of it but its place."""
+        """All that models see of it: another grade of the same answers decodes nothing anew."""
         content: dict[str, Any] = {
             "messages": list(self.messages),
             "tools": self.tools,
@@ -55,6 +59,12 @@ class RowSet:
     source: str
     rows: tuple[Row, ...]
     digest: str
+
+    @property
+    def grades(self) -> list[Any]:
+        """What the rows say of right answers; empty if none says anything."""
+        given = [[row.answer, row.calls] for row in self.rows]
+        return given if any(a is not None or c is not None for a, c in given) else []
 
 
 # More sources than a recipe names: a run reads each of its files once.
@@ -143,7 +153,16 @@ def _row(record: Mapping[str, Any], place: str) -> Row:
         raise DataError(
             f"{place}: has {length:,} characters, a row may have {LONGEST_ROW:,}. Split or drop it."
         )
-    return Row(place, messages, tools, completion, template_options(record, place))
+    answer, calls = record.get("answer"), record.get("calls")
+    return Row(
+        place,
+        messages,
+        tools,
+        completion,
+        template_options(record, place),
+        None if answer is None else check_answer(answer, place),
+        None if calls is None else check_calls(calls, place),
+    )
 
 
 def check_sources(recipe: Recipe) -> None:

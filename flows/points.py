@@ -1,7 +1,7 @@
 """Points of a search: which there are, what is wrong with them, and each measured in memory."""
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -16,7 +16,7 @@ from crane_tasks.errors import RecipeError, ScoreError
 from crane_tasks.evaluate.choice import Metrics, Point, Requirement
 from crane_tasks.evaluate.metrics import OBJECTIVE, measured_metrics
 from crane_tasks.evaluate.point import LOADED, POINT
-from crane_tasks.evaluate.stage import EVALUATE, read_comparison
+from crane_tasks.evaluate.stage import EVALUATE, read_comparison, row_losses
 from crane_tasks.evaluate.together import companions, walk_together
 from crane_tasks.method import Call, build_before, keys_of, made_from, used
 from crane_tasks.recipe import Recipe
@@ -71,7 +71,7 @@ def check_metrics(
             f"{recipe.name}: no held-out rows, so points cannot be compared; name "
             "evaluate.reasoning and evaluate.agent in the recipe"
         )
-    wanted = {r.metric: f"--require '{r}'" for r in requirements}
+    wanted = {r.metric.partition(".")[0]: f"--require '{r}'" for r in requirements}
     wanted |= {OBJECTIVE.name: "--write best"} if best and OBJECTIVE.name not in wanted else {}
     for metric, what in wanted.items():
         if metric not in metrics:
@@ -217,7 +217,7 @@ def measured(
     """
     ctx, keys = one.ctx, one.keys
 
-    def measure() -> tuple[Built, dict[str, Any]]:
+    def measure() -> tuple[Built, dict[str, Any], list[float]]:
         if not (one.evaluated or all(map(ctx.store.has, one.made_from))):
             ctx.session.kept.let_go(LOADED)  # what was damaged is made anew: it may take a model
             build_before(APPLY, ctx, keys, call)
@@ -225,10 +225,11 @@ def measured(
         if walk is not None:
             point = replace(point, begun=lambda ctx, keys: walk.begun)
         built = call(point, ctx, keys) if made is None else made
-        return built, read_comparison(ctx.store.open(keys[EVALUATE]))
+        artifact = ctx.store.open(keys[EVALUATE])
+        return built, read_comparison(artifact), row_losses(artifact, "merged")
 
     try:
-        built, compared = healing(ctx.session, measure)
+        built, compared, losses = healing(ctx.session, measure)
     except FAULTS as error:
         return failed(one, error)
     found = compared["models"]
@@ -242,7 +243,15 @@ def measured(
         built.ref.key,
         one.spot.changes,
         found["merged"],
+        ends=_ends(compared["intervals"]["merged"]),
+        losses=losses,
     )
+
+
+def _ends(intervals: Mapping[str, tuple[float, float]]) -> dict[str, float]:
+    """Intervals as numbers of their own."""
+    sides = (("low", 0), ("high", 1))
+    return {f"{m}.{side}": ends[n] for m, ends in intervals.items() for side, n in sides}
 
 
 def failed(one: Candidate, error: Exception) -> Point:

@@ -52,11 +52,15 @@ def _best_alpha(bench: Bench, recipe: Recipe, requirements: Sequence[Requirement
     return best
 
 
-def on_other_rows(bench: Bench, recipe: Recipe, points: dict[str, Point]) -> dict[str, Metrics]:
-    """Metrics of base, donor and some points on the rows of another recipe."""
+def on_other_rows(
+    bench: Bench, recipe: Recipe, points: dict[str, Point]
+) -> tuple[dict[str, Metrics], dict[str, Metrics]]:
+    """Metrics of base, donor and some points on the rows of another recipe, and of the points
+    the ends of their intervals."""
     found: dict[str, Metrics] = {}
+    ends: dict[str, Metrics] = {}
     for name, point in points.items():
         at = (point.alpha, point.tau, dict(point.changes))
         one = bench.measure(bench.spot(recipe, at, f"{name} on unseen rows"))
-        found[name] = one.metrics
-    return {**bench.models, **found}
+        found[name], ends[name] = one.metrics, one.ends
+    return {**bench.models, **found}, ends

@@ -92,6 +92,8 @@ def _line(row: Row) -> str:
         "tools": row.tools,
         "completion": row.completion,
         "chat_template_kwargs": dict(row.options) or None,
+        "answer": row.answer,
+        "calls": row.calls,
     }
     # Keys stay in their order, in which the template writes those of tools and calls.
     return json.dumps({k: v for k, v in said.items() if v is not None}, ensure_ascii=False)

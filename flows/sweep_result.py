@@ -70,6 +70,7 @@ class Sweep:
             "points": [_point_json(p, i, choice) for i, p in enumerate(self.points)],
             "pareto": choice.front,
             "best": choice.best,
+            "alike": choice.alike,
             "written": str(self.written) if self.written else None,
         }
         return dict(finite(record))
@@ -108,6 +109,11 @@ def _point_json(point: Point, place: int, choice: Choice) -> dict[str, Any]:
         "seconds": round(point.seconds, 3),
         "key": point.key,
         "metrics": dict(point.metrics),
+        "intervals": {
+            name: [point.ends[f"{name}.low"], point.ends[f"{name}.high"]]
+            for name in point.metrics
+            if f"{name}.low" in point.ends
+        },
         "pareto": place in choice.front,
         "meets": choice.meets[place],
         **error,

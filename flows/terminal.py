@@ -113,10 +113,16 @@ class Terminal:
 
     def evaluation(self, result: dict[str, Any]) -> None:
         """The evaluation table and the gate's prediction."""
-        from crane_tasks.report.tables import evaluation_table, prediction_table, unfinished_note
+        from crane_tasks.report.tables import (
+            against_base_table,
+            evaluation_table,
+            prediction_table,
+            unfinished_note,
+        )
 
-        if len(evaluation_table(result)[0]) > 1:
-            self._table("What the models do", evaluation_table(result))
+        if evaluation_table(result)[1]:
+            self._table("What the models do (at 95 %)", evaluation_table(result))
+            self._table("On the same rows", against_base_table(result))
         if note := unfinished_note(result):
             self.out.print(note)
         if result.get("gate"):
@@ -177,13 +183,15 @@ class Terminal:
 
     def points(self, swept: "Sweep") -> None:
         """The table of a sweep, its front marked."""
-        from crane_tasks.report.sweep import point_rows
+        from crane_tasks.report.sweep import alike_note, point_rows
 
         rows = point_rows(swept.points, swept.choice, swept.models)
         self._table("Sweep: ● Pareto front, ★ best", rows)
         for point in swept.points:
             if point.error is not None:
                 self.out.print(f"[red]failed[/red] {_plain(f'{point}: {point.error}')}")
+        if note := alike_note(swept.points, swept.choice):
+            self.out.print(_plain(note), soft_wrap=True)
         if swept.written:
             self.out.print(f"Merged checkpoint: {swept.written}", soft_wrap=True)
         self.out.print(f"Report:            {swept.report}", soft_wrap=True)

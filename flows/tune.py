@@ -184,7 +184,7 @@ class Search:
             first = replace(self.bench, models={}).measure(losses)
             if first.error is None:
                 trial.report(first.metrics.get(OBJECTIVE.name, float("inf")), 0)
-                if why := self._hopeless(trial, first.metrics, trials):
+                if why := self._hopeless(trial, first.known, trials):
                     return replace(first, status=PRUNED), why
         point = self.bench.measure(spot)
         if point.error is None:
@@ -220,15 +220,16 @@ class Search:
 
         Of what was not measured all is missing: a point without answers is no model for others.
         """
-        gaps = [(r.gap(point.metrics), abs(r.bound) or 1.0, r) for r in self.requirements]
-        return [gap / bound if r.metric in point.metrics else 1.0 for gap, bound, r in gaps]
+        gaps = [(r.gap(point.known), abs(r.bound) or 1.0, r) for r in self.requirements]
+        return [gap / bound if r.metric in point.known else 1.0 for gap, bound, r in gaps]
 
     def _compare(self, result: Tuned, best: Point) -> None:
         """The best point and plain methods, on the rows that the search never saw."""
         result.rivals = find_rivals(self.bench, self.recipe, self.requirements)
         there = {name: point for name, point in result.rivals.items() if point is not None}
         other = Bench(self.session, self.bench.folder, self.bench.call)
-        result.unseen = on_other_rows(other, self.split.unseen, {"best": best, **there})
+        points = {"best": best, **there}
+        result.unseen, result.ends = on_other_rows(other, self.split.unseen, points)
         at = {"alpha": best.alpha, "tau": best.tau, **best.changes}
         found = changed(self.split.unseen, at, f"the best of {self.recipe.name}")
         result.recipe = write_best(found, self.bench.folder)
@@ -237,4 +238,6 @@ class Search:
 
 def _plain(point: Point) -> dict[str, Any]:
     """A point as JSON values."""
-    return {**asdict(point), "changes": dict(point.changes), "metrics": dict(point.metrics)}
+    plain = ("changes", "metrics", "ends")
+    told = {**asdict(point), **{name: dict(getattr(point, name)) for name in plain}}
+    return {name: value for name, value in told.items() if name != "losses"}

@@ -9,16 +9,17 @@ from typing import Any
 
 from crane_tasks.errors import RecipeError
 from crane_tasks.evaluate.metrics import BY_NAME, GUARDS, OBJECTIVE, metric_named
+from crane_tasks.numerics.intervals import bootstrap_mean
 from crane_tasks.places import point_name
 
 OPERATORS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
-REQUIREMENT = re.compile(r"\s*(\w+)\s*(>=|<=|>|<)\s*(\S+)\s*")
+REQUIREMENT = re.compile(r"\s*(\w+)(\.low|\.high)?\s*(>=|<=|>|<)\s*(\S+)\s*")
 Metrics = Mapping[str, float]
 
 
 @dataclass(frozen=True)
 class Requirement:
-    """A bound that a metric of the merged model must keep."""
+    """A bound that a metric of the merged model must keep, or an end of its interval."""
 
     metric: str
     comparison: str
@@ -41,21 +42,25 @@ class Requirement:
 
 
 def read_requirement(text: str) -> Requirement:
-    """`tool_calls>=0.99`, say.
+    """`tool_calls>=0.99`, say; or of its interval at 95 % the lower end: `tool_calls.low>=0.97`.
 
     Raises:
         RecipeError: it is not METRIC, an operator and a number, or there is no such metric.
     """
     match = REQUIREMENT.fullmatch(text)
     try:
-        bound = float(match[3]) if match else math.nan
+        bound = float(match[4]) if match else math.nan
     except ValueError:
         bound = math.nan
     if match is None or not math.isfinite(bound):
         raise RecipeError(
-            f"--require {text}: write METRIC>=NUMBER, with one of {' '.join(OPERATORS)}"
+            f"--require {text}: write METRIC>=NUMBER, with one of {' '.join(OPERATORS)}, or "
+            "METRIC.low>=NUMBER of its interval"
         )
-    return Requirement(metric_named(match[1], f"--require {text}").name, match[2], bound)
+    metric = metric_named(match[1], f"--require {text}")
+    if match[2] and not metric.sampled:
+        raise RecipeError(f"--require {text}: {metric.name} has no interval")
+    return Requirement(f"{metric.name}{match[2] or ''}", match[3], bound)
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,8 @@ class Point:
         status: computed, resumed or reused; failed if it has no metrics but an `error`.
         key: of its comparison in the store.
         metrics: of the merged model.
+        ends: `METRIC.low` and `METRIC.high` of their intervals.
+        losses: its reasoning loss on every row.
     """
 
     alpha: float
@@ -77,6 +84,13 @@ class Point:
     changes: Mapping[str, Any] = field(default_factory=dict)
     metrics: Metrics = field(default_factory=dict)
     error: str | None = None
+    ends: Metrics = field(default_factory=dict)
+    losses: Sequence[float] = ()
+
+    @property
+    def known(self) -> Metrics:
+        """What a requirement may be of: metrics, and the ends of their intervals."""
+        return {**self.metrics, **self.ends}
 
     @property
     def name(self) -> str:
@@ -98,12 +112,15 @@ class Choice:
         meets: whether each point keeps every requirement.
         best: of those that do, the one with the lowest reasoning loss; then the most tool
             calls, then the smallest alpha. None if there is none.
+        alike: the others of those whose reasoning loss cannot be told from the best one's by the
+            rows: the interval of the paired difference, at 95 %, holds 0.
     """
 
     axes: tuple[str, ...]
     front: list[int]
     meets: list[bool]
     best: int | None
+    alike: list[int] = field(default_factory=list)
 
 
 def choose(points: Sequence[Point], requirements: Sequence[Requirement]) -> Choice:
@@ -111,8 +128,23 @@ def choose(points: Sequence[Point], requirements: Sequence[Requirement]) -> Choi
     axes = axes_of(points)
     front = _front([_goodness(p.metrics, axes) for p in points]) if axes else []
     front.sort(key=lambda i: -points[i].metrics[axes[0]])
-    meets = [p.error is None and all(r.met(p.metrics) for r in requirements) for p in points]
-    return Choice(axes, front, meets, next((i for i in ranked(points) if meets[i]), None))
+    meets = [p.error is None and all(r.met(p.known) for r in requirements) for p in points]
+    best = next((i for i in ranked(points) if meets[i]), None)
+    return Choice(axes, front, meets, best, _alike(points, meets, best))
+
+
+def _alike(points: Sequence[Point], meets: Sequence[bool], best: int | None) -> list[int]:
+    if best is None:
+        return []
+    own = points[best].losses
+    found = []
+    for place, point in enumerate(points):
+        if place == best or not meets[place] or len(point.losses) != len(own):
+            continue
+        low, _ = bootstrap_mean([b - a for a, b in zip(own, point.losses, strict=True)])
+        if low <= 0.0:
+            found.append(place)
+    return found
 
 
 def ranked(points: Sequence[Point]) -> list[int]:
@@ -162,15 +194,15 @@ def shortfall(points: Sequence[Point], requirements: Sequence[Requirement]) -> s
         return f"No point could be measured: {points[0].error}"
     near = min(sound, key=lambda p: (_distance(p, requirements), _rank(p)))
     lacking = [
-        f"{r.metric} {_value(near, r.metric):.4g}"
-        + (f" ({r.gap(near.metrics):.2g} short)" if math.isfinite(r.gap(near.metrics)) else "")
+        f"{r.metric} {near.known.get(r.metric, math.nan):.4g}"
+        + (f" ({r.gap(near.known):.2g} short)" if math.isfinite(r.gap(near.known)) else "")
         for r in requirements
-        if not r.met(near.metrics)
+        if not r.met(near.known)
     ]
     return f"No point meets {wanted}. Nearest: {near} with {', '.join(lacking)}."
 
 
 def _distance(point: Point, requirements: Sequence[Requirement]) -> float:
     """How far a point is from what is required: the gaps, each relative to its bound."""
-    gaps = [(r.gap(point.metrics), abs(r.bound)) for r in requirements]
+    gaps = [(r.gap(point.known), abs(r.bound)) for r in requirements]
     return sum(gap / bound if bound else gap for gap, bound in gaps)

@@ -4,13 +4,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from crane_tasks.calls import HERMES, Syntax
 from crane_tasks.errors import RecipeError
-from crane_tasks.evaluate.answers import final_answer, share
+from crane_tasks.evaluate.answers import Answers, grade
 from crane_tasks.recipe import Recipe
 
 NATS, SHARE, TOKENS = "nats", "share", "tokens"
 LOWER, HIGHER = "lower", "higher"
+OUTPUT_COST = 5  # of a token that is decoded, in tokens of a prompt
 FORMATS: dict[str, Callable[[float], str]] = {
     NATS: "{:.4f}".format,
     SHARE: "{:.1%}".format,
@@ -19,45 +19,17 @@ FORMATS: dict[str, Callable[[float], str]] = {
 
 
 @dataclass(frozen=True)
-class Answers:
-    """A model's answers to the first held-out prompts of a set, and the targets there.
-
-    Attributes:
-        texts, targets: markers included, without the end-of-sequence token.
-        lengths: of the answers, in tokens.
-        unended: the places of those that were cut for lack of room, or whose target was: such
-            an answer is none.
-        syntax: in which calls are read.
-    """
-
-    texts: Sequence[str]
-    targets: Sequence[str]
-    lengths: Sequence[int]
-    unended: frozenset[int] = frozenset()
-    syntax: Syntax = HERMES
-
-    def each(self, right: Callable[[str, str], bool]) -> list[bool]:
-        """Which of the answers ended and are right beside their target."""
-        pairs = enumerate(zip(self.texts, self.targets, strict=True))
-        return [n not in self.unended and right(*pair) for n, pair in pairs]
-
-    def share(self, right: Callable[[str, str], bool]) -> float:
-        """The share of such answers."""
-        return share(self.each(right))
-
-
-@dataclass(frozen=True)
 class Measured:
     """What is known of a model when its metrics are computed.
 
     Attributes:
-        losses: mean item loss by held-out set, in nats.
+        losses: by held-out set each row's mean token loss, in nats.
         answers: by held-out set; empty if none were generated.
         divergence: mean KL(base ‖ model), in nats, of the next token where the agent targets
             have format tokens; NaN if they have none.
     """
 
-    losses: Mapping[str, float]
+    losses: Mapping[str, Sequence[float]]
     answers: Mapping[str, Answers]
     divergence: float
 
@@ -71,11 +43,13 @@ class Metric:
         unit: nats, share or tokens.
         better: lower or higher; empty where neither is.
         needs: the held-out set, and "answers" if it takes generated ones.
-        compute: from what was measured; NaN is not shown.
+        each: a number per row of which it is the mean (a truth value where it is a share); of
+            no rows there is no such metric.
         meaning: a sentence for the README.
         guard: its turn among those that a sweep's front trades against the first metric;
             0 for none.
-        version: raised when `compute` gives other numbers; it is in the key of comparisons.
+        version: raised when `each` gives other numbers; it is in the key of comparisons.
+        sampled: whether the rows are a sample, from which the mean has an interval.
     """
 
     name: str
@@ -83,14 +57,25 @@ class Metric:
     unit: str
     better: str
     needs: tuple[str, ...]
-    compute: Callable[[Measured], float]
+    each: Callable[[Measured], Sequence[float]]
     meaning: str
     guard: int = 0
     version: int = 1
+    sampled: bool = True
 
     def shown(self, value: float | None) -> str:
         """For a person: a dash for what was not measured."""
         return "–" if value is None or value != value else FORMATS[self.unit](value)
+
+    def between(self, low: float, high: float) -> str:
+        """An interval, for a person, beside a value that has the unit."""
+        if self.unit == SHARE:
+            return f"{100 * low:.0f}–{100 * high:.0f}"
+        return f"{FORMATS[self.unit](low)}–{FORMATS[self.unit](high)}"
+
+    def changed(self, difference: float) -> str:
+        """A difference, for a person."""
+        return f"{'−' if difference < 0 else '+'}{FORMATS[self.unit](abs(difference))}"
 
     @property
     def sign(self) -> int:
@@ -100,40 +85,59 @@ class Metric:
     def measured_by(self, recipe: Recipe) -> bool:
         """Whether the recipe's `evaluate` section has it measured."""
         settings = recipe.evaluate
-        has = {
-            "reasoning": settings.reasoning is not None,
-            "agent": settings.agent is not None,
-            "answers": settings.generate > 0,
-        }
+        sets = {name: getattr(settings, name) is not None for name in ("reasoning", "agent")}
+        has = sets | {"answers": settings.generate > 0 and any(sets.values())}
         return all(has[need] for need in self.needs)
 
 
-def _well_formed(m: Measured) -> float:
+def _graded(name: str, answers: Answers, places: Sequence[int]) -> list[float]:
+    return [float(grade(name, answers, place).right) for place in places]
+
+
+def _with_calls(answers: Answers) -> list[int]:
+    """The places of the agent rows that are about calls."""
+    return [n for n, asked in enumerate(answers.asked) if asked.answer is None or asked.calls]
+
+
+def _well_formed(m: Measured) -> list[float]:
     answers = m.answers["agent"]
-    return answers.share(lambda text, target: answers.syntax.read(text) is not None)
+
+    def sound(place: int) -> bool:
+        if answers.asked[place].calls == []:  # where no call is right, none is as sound
+            return answers.calls(place) is not None
+        return answers.syntax.read(answers.texts[place]) is not None
+
+    return [float(n not in answers.unended and sound(n)) for n in _with_calls(answers)]
 
 
-def _each_exact(answers: Answers) -> list[bool]:
-    read = answers.syntax.read
-    return answers.each(
-        lambda text, target: (calls := read(text)) is not None and calls == read(target)
-    )
+def _exact(m: Measured) -> list[float]:
+    answers = m.answers["agent"]
+    return _graded("agent", answers, _with_calls(answers))
 
 
-def _each_right(answers: Answers) -> list[bool]:
-    return answers.each(lambda text, target: final_answer(text) == final_answer(target))
+def _format_right(m: Measured) -> list[float]:
+    answers = m.answers["agent"]
+    calls = set(_with_calls(answers))
+    return _graded("agent", answers, [n for n in range(len(answers.asked)) if n not in calls])
 
 
-# What makes an answer right, by held-out set.
-RIGHT: Mapping[str, Callable[[Answers], list[bool]]] = {
-    "reasoning": _each_right,
-    "agent": _each_exact,
-}
+def _right(m: Measured) -> list[float]:
+    answers = m.answers["reasoning"]
+    return _graded("reasoning", answers, range(len(answers.asked)))
 
 
-def _length(m: Measured) -> float:
-    lengths = m.answers["reasoning"].lengths
-    return sum(lengths) / max(1, len(lengths))
+def _ended(m: Measured) -> list[float]:
+    answers = m.answers["reasoning"]
+    return [float(n not in answers.unended) for n in range(len(answers.texts))]
+
+
+def _cost(m: Measured) -> list[float]:
+    """Each row is one turn: of its prompt nothing is cached."""
+    return [
+        float(asked.prompt + OUTPUT_COST * length)
+        for answers in m.answers.values()
+        for asked, length in zip(answers.asked, answers.lengths, strict=True)
+    ]
 
 
 # The first is what a sweep's best point has the least of.
@@ -153,30 +157,51 @@ METRICS: tuple[Metric, ...] = (
         "tool_calls", "tool calls", SHARE, HIGHER, ("agent", "answers"),
         _well_formed,
         "answers that ended and whose calls are all well-formed, with no thinking block",
-        guard=1, version=2,
+        guard=1, version=3,
     ),
     Metric(
         "exact_tool_calls", "exact calls", SHARE, HIGHER, ("agent", "answers"),
-        lambda m: share(_each_exact(m.answers["agent"])),
-        "answers that ended and whose calls are the target's",
-        version=2,
+        _exact,
+        "answers that ended and whose calls are those that the row allows, or else the target's",
+        version=3,
+    ),
+    Metric(
+        "format_answers", "format right", SHARE, HIGHER, ("agent", "answers"),
+        _format_right,
+        "answers to agent rows without calls that are what the row's `answer` says",
     ),
     Metric(
         "right_answers", "right answers", SHARE, HIGHER, ("reasoning", "answers"),
-        lambda m: share(_each_right(m.answers["reasoning"])),
-        "answers that ended and in which what follows `</think>` equals the target's",
-        version=2,
+        _right,
+        "answers that ended and are right by the row's `answer`, or else equal the target's behind "
+        "`</think>`",
+        version=3,
     ),
     Metric(
         "answer_tokens", "answer tokens", TOKENS, "", ("reasoning", "answers"),
-        _length,
+        lambda m: [float(length) for length in m.answers["reasoning"].lengths],
         "mean length of the answers to reasoning prompts",
     ),
     Metric(
+        "thinking", "with thinking", SHARE, "", ("reasoning", "answers"),
+        lambda m: [float("</think>" in text) for text in m.answers["reasoning"].texts],
+        "answers to reasoning prompts that end a thinking block",
+    ),
+    Metric(
+        "ended", "ended", SHARE, HIGHER, ("reasoning", "answers"),
+        _ended,
+        "answers to reasoning prompts that came to their end within `evaluate.max_new_tokens`",
+    ),
+    Metric(
+        "cost", "cost", TOKENS, "", ("answers",),
+        _cost,
+        "the paper's TTC of a held-out row: prompt tokens, and five times the answer's",
+    ),
+    Metric(
         "format_divergence", "format KL", NATS, LOWER, ("agent",),
-        lambda m: m.divergence,
+        lambda m: [] if m.divergence != m.divergence else [m.divergence],
         "divergence from the base where it must emit a format token",
-        guard=3,
+        guard=3, sampled=False,
     ),
 )  # fmt: skip
 BY_NAME = {metric.name: metric for metric in METRICS}
@@ -194,10 +219,10 @@ def measured_metrics(recipe: Recipe) -> list[Metric]:
     return [m for m in METRICS if m.measured_by(recipe)]
 
 
-def metrics_of(measured: Measured, recipe: Recipe) -> dict[str, float]:
-    """All that can be said of one model, by name."""
-    values = {m.name: m.compute(measured) for m in measured_metrics(recipe)}
-    return {name: value for name, value in values.items() if value == value}
+def rows_of(measured: Measured, recipe: Recipe) -> dict[str, Sequence[float]]:
+    """All that can be said of one model, by metric a number per row."""
+    values = {m.name: m.each(measured) for m in measured_metrics(recipe)}
+    return {name: each for name, each in values.items() if len(each)}
 
 
 def metric_named(name: str, what: str) -> Metric:

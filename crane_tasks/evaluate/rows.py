@@ -1,18 +1,18 @@
 """What each model answered to each held-out row, as it was graded."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from typing import Any
 
 from crane_tasks.calibration.sets import TokenSet, read_set
 from crane_tasks.calls import HERMES
 from crane_tasks.ends import ends_of, without_end
-from crane_tasks.evaluate.answers import answer_text
+from crane_tasks.evaluate.answers import Answers, Asked, answer_text, grade
 from crane_tasks.evaluate.measure import heldout_sets, measure_ref, read_answers
-from crane_tasks.evaluate.metrics import RIGHT, Answers
 from crane_tasks.evaluate.models import Model
 from crane_tasks.models.files.tokenizer import load_tokenizer
 from crane_tasks.rendering import opens_thinking
+from crane_tasks.rows import load_rows
 from crane_tasks.session import Context
 from crane_tasks.stage import Keys
 
@@ -25,14 +25,15 @@ class Answered:
         text: markers included, without the end-of-sequence token.
         tokens: its length.
         ended: whether it, and its target, came to an end by themselves.
-        right: whether it counts as right: of a reasoning row that what follows the thinking is
-            the target's, of an agent row that the calls are.
+        right: whether it counts as right (`answers.grade`).
+        why: in a few words.
     """
 
     text: str
     tokens: int
     ended: bool
     right: bool
+    why: str
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,8 @@ class Row:
         return asdict(self)
 
 
-def answers_of(ctx: Context, answers: list[list[int]], wanted: TokenSet) -> Answers:
-    """Decoded answers, token ids each, beside the set's first targets."""
+def answers_of(ctx: Context, name: str, answers: list[list[int]], wanted: TokenSet) -> Answers:
+    """Decoded answers, token ids each, beside a held-out set's first targets and rows."""
     tokenizer = load_tokenizer(ctx.base)
     ends = ends_of(ctx, tokenizer)
     plain = [without_end(ids, ends) for ids in answers]
@@ -71,11 +72,30 @@ def answers_of(ctx: Context, answers: list[list[int]], wanted: TokenSet) -> Answ
         pairs = zip(sides, opened, strict=False)
         return [answer_text(tokenizer, ids, opened=within) for ids, within in pairs]
 
-    cut = zip(answers, wanted.targets(), strict=False)  # as many as were generated
-    unended = frozenset(n for n, pair in enumerate(cut) if any(_unended(ids, ends) for ids in pair))
+    asked = _asked(ctx, name, wanted)[: len(answers)]
+    unended = frozenset(
+        n
+        for n, (ids, target, row) in enumerate(
+            zip(answers, wanted.targets(), asked, strict=False)  # as many as were generated
+        )
+        # A target tells what is right only where the row does not.
+        if _unended(ids, ends) or (not _says(row) and _unended(target, ends))
+    )
     lengths = [len(ids) for ids in plain]
     syntax = ctx.syntax() or HERMES  # stage `evaluate` has refused calls that cannot be read
-    return Answers(texts(plain), texts(targets), lengths, unended, syntax)
+    return Answers(texts(plain), texts(targets), lengths, asked, unended, syntax)
+
+
+def _asked(ctx: Context, name: str, wanted: TokenSet) -> list[Asked]:
+    """What the rows of a set say; they are those that it was made from, in their order."""
+    data = getattr(ctx.recipe.evaluate, name)
+    rows, prompts = load_rows(ctx.recipe, data).rows, wanted.prompts()
+    pairs = zip(rows, prompts, strict=True)
+    return [Asked(len(prompt), row.answer, row.calls) for row, prompt in pairs]
+
+
+def _says(row: Asked) -> bool:
+    return row.answer is not None or row.calls is not None
 
 
 def _unended(ids: list[int], ends: set[int]) -> bool:
@@ -91,13 +111,18 @@ def answered_rows(ctx: Context, keys: Keys, models: Mapping[str, Model]) -> Iter
     tokenizer = load_tokenizer(ctx.base)
     for name, ref in heldout_sets(ctx, keys).items():
         wanted = read_set(ctx.store.open(ref))
-        given = {m: answers_of(ctx, read_answers(a, name), wanted) for m, a in opened.items()}
-        right = {model: RIGHT[name](answers) for model, answers in given.items()}
+        given = {m: answers_of(ctx, name, read_answers(a, name), wanted) for m, a in opened.items()}
+        grades = {
+            model: [grade(name, answers, n) for n in range(len(answers.texts))]
+            for model, answers in given.items()
+        }
         targets = next(iter(given.values())).targets
         prompts = wanted.prompts()[: len(targets)]
         for n, (prompt, target) in enumerate(zip(prompts, targets, strict=True)):
             answers = {
-                model: Answered(a.texts[n], a.lengths[n], n not in a.unended, right[model][n])
+                model: Answered(
+                    a.texts[n], a.lengths[n], n not in a.unended, *astuple(grades[model][n])
+                )
                 for model, a in given.items()
             }
             text = tokenizer.decode(prompt, skip_special_tokens=False)

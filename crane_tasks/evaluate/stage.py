@@ -1,13 +1,11 @@
 """Stage `evaluate`: what base, donor and merge do on held-out rows, side by side."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from artifacts.memo import DigestMemo
 from artifacts.ref import digest_of
@@ -17,6 +15,7 @@ from crane_tasks.apply.stage import APPLY
 from crane_tasks.calibration.sets import read_set
 from crane_tasks.calls import HERMES, SYNTAXES
 from crane_tasks.errors import RecipeError
+from crane_tasks.evaluate.divergence import divergences
 from crane_tasks.evaluate.measure import (
     FIELDS,
     HELDOUT,
@@ -31,17 +30,24 @@ from crane_tasks.evaluate.measure import (
     read_answers,
     unmeasured,
 )
-from crane_tasks.evaluate.metrics import METRICS, Measured, metrics_of, table_identity
+from crane_tasks.evaluate.metrics import (
+    METRICS,
+    OBJECTIVE,
+    Measured,
+    rows_of,
+    table_identity,
+)
 from crane_tasks.evaluate.models import Model, base_and_donor, written_merge
 from crane_tasks.evaluate.rows import Row, answered_rows, answers_of
+from crane_tasks.evaluate.uncertainty import against, intervals_of, mean
+from crane_tasks.grades import needs_code
 from crane_tasks.identity import behaviour_identity
 from crane_tasks.models.walk.skeleton import generation_config
+from crane_tasks.rows import load_rows
+from crane_tasks.sandbox import require_sandbox
 from crane_tasks.session import Context
 from crane_tasks.sizes import sizes_of
 from crane_tasks.stage import BASE, DONOR, TOKENIZER, Keys, Needs, Stage
-
-POSITION_BLOCK = 64
-KEPT_BYTES = 2**28  # of the base's log-probabilities
 
 
 def write_evaluate(ctx: Context, keys: Keys, draft: Draft) -> None:
@@ -69,15 +75,18 @@ def answered_by_merge(ctx: Context, keys: Keys) -> list[Row]:
 
 def write_comparison(ctx: Context, keys: Keys, models: Mapping[str, Model], draft: Draft) -> None:
     """Measure base, donor and others; their metrics as an array [model, metric] (NaN: not
-    measured) and as metadata."""
+    measured) and as metadata, and what they are the means of as arrays [model, row]."""
     build_heldout(ctx, keys)
-    result = compare(ctx, keys, models)
+    result, known = compare(ctx, keys, models)
     found: dict[str, dict[str, float]] = result["models"]
     names = [m.name for m in METRICS]
     rows = [[values.get(name, float("nan")) for name in names] for values in found.values()]
     with draft.unit("comparison") as unit:
         attributes = {"models": list(found), "metrics": names}
         unit.write("metrics", torch.tensor(rows, dtype=torch.float64), attributes=attributes)
+        for metric in set.intersection(*map(set, known.values())):
+            each = torch.tensor([known[name][metric] for name in found], dtype=torch.float64)
+            unit.write(f"rows.{metric}", each, attributes={"models": list(found)})
         unit.meta |= result
 
 
@@ -90,6 +99,10 @@ def build_heldout(ctx: Context, keys: Keys) -> None:
 
 def _config(ctx: Context) -> dict[str, Any]:
     config = {**measure_config(ctx), "metrics": table_identity()}
+    heldout = [d for d in (ctx.recipe.evaluate.reasoning, ctx.recipe.evaluate.agent) if d]
+    grades = [load_rows(ctx.recipe, data).grades for data in heldout]
+    if ctx.recipe.evaluate.generate and any(grades):
+        config["grades"] = digest_of(grades)
     syntax = ctx.syntax()
     if syntax is not None and syntax != HERMES:  # keys are older than other syntaxes
         config["calls"] = syntax.name
@@ -115,6 +128,7 @@ def _check(ctx: Context, keys: Keys) -> None:
         RecipeError: nothing says in which syntax calls are written.
     """
     settings = ctx.recipe.evaluate
+    _check_code(ctx)
     if settings.generate:
         for side in (ctx.pair().base, ctx.pair().donor):
             generation_config(side)
@@ -126,10 +140,25 @@ def _check(ctx: Context, keys: Keys) -> None:
         )
 
 
+def _check_code(ctx: Context) -> None:
+    """Code that models write is run only where the recipe says so, and where it is kept in."""
+    settings = ctx.recipe.evaluate
+    for data in (settings.reasoning, settings.agent):
+        rows = load_rows(ctx.recipe, data).rows if data is not None and settings.generate else ()
+        asking = [row.place for row in rows if needs_code(row.answer)]
+        if asking and not settings.run_code:
+            raise RecipeError(
+                f"{asking[0]}: `python-tests` run code that a model wrote; set evaluate.run_code "
+                "to true if they may, in bubblewrap"
+            )
+        if asking:
+            require_sandbox()
+
+
 EVALUATE = Stage(
     name=NAME,
-    version=3,
-    schema=Schema(arrays={"metrics": ("float64",)}),
+    version=4,
+    schema=Schema(arrays={r"metrics|rows\.\w+": ("float64",)}),
     inputs={"apply": APPLY, "base": BASE, "donor": DONOR, "tokenizer": TOKENIZER, **SETS},
     fields=(*FIELDS, "evaluate.calls"),
     config=_config,
@@ -140,30 +169,42 @@ EVALUATE = Stage(
 )
 
 
-def compare(ctx: Context, keys: Keys, models: Mapping[str, Model]) -> dict[str, Any]:
-    """Measure every model and put the metrics side by side; "base" must be among them."""
+def compare(
+    ctx: Context, keys: Keys, models: Mapping[str, Model]
+) -> tuple[dict[str, Any], dict[str, dict[str, Sequence[float]]]]:
+    """Measure every model and put the metrics side by side; "base" must be among them.
+
+    Returns:
+        the comparison as JSON values, and by model and metric a number per row.
+    """
     _measure_elsewhere(ctx, keys, models)
     opened: dict[str, Artifact] = {}
     for number, (name, model) in enumerate(models.items()):
         opened[name] = measured(ctx, keys, model)
         ctx.progress(NAME, number + 1, len(models), "models")
-    divergences = _divergences(ctx, models, opened)
+    diverged = divergences(ctx, models, opened)
     recipe, sets = ctx.recipe, measured_sets(ctx, keys)
     heldout = {n: read_set(ctx.store.open(r)) for n, r in heldout_sets(ctx, keys).items()}
     known = {
         name: Measured(
-            {n: mean_loss(artifact, n) for n in heldout},
+            {n: artifact.read(n, "losses").tolist() for n in heldout},
             {
-                n: answers_of(ctx, read_answers(artifact, n), wanted)
+                n: answers_of(ctx, n, read_answers(artifact, n), wanted)
                 for n, wanted in heldout.items()
                 if recipe.evaluate.generate
             },
-            divergences[name],
+            diverged[name],
         )
         for name, artifact in opened.items()
     }
-    return {
-        "models": {name: metrics_of(one, recipe) for name, one in known.items()},
+    rows = {name: rows_of(one, recipe) for name, one in known.items()}
+    means = {name: {m: mean(each) for m, each in own.items()} for name, own in rows.items()}
+    result = {
+        "models": {n: {m: v for m, v in own.items() if v == v} for n, own in means.items()},
+        "intervals": {name: intervals_of(own) for name, own in rows.items()},
+        "against_base": {
+            name: against(rows["base"], own) for name, own in rows.items() if name != "base"
+        },
         "losses": {name: {s: mean_loss(a, s) for s in sets} for name, a in opened.items()},
         "rows": {name: len(wanted.sequences) for name, wanted in heldout.items()},
         "generated": recipe.evaluate.generate,
@@ -172,6 +213,7 @@ def compare(ctx: Context, keys: Keys, models: Mapping[str, Model]) -> dict[str, 
             for name, one in known.items()
         },
     }
+    return result, rows
 
 
 def _measure_elsewhere(ctx: Context, keys: Keys, models: Mapping[str, Model]) -> None:
@@ -192,68 +234,19 @@ def _measure(ctx: Context, keys: Keys, model: Model) -> None:
     measured(ctx, keys, model)
 
 
-@torch.no_grad()
-def _divergences(
-    ctx: Context, models: Mapping[str, Model], opened: Mapping[str, Artifact]
-) -> dict[str, float]:
-    """Mean KL(base ‖ model) of the next token where the agent targets have format tokens."""
-    if not opened["base"].has("agent", "format_states"):
-        return dict.fromkeys(models, float("nan"))
-    states = {name: artifact.read("agent", "format_states") for name, artifact in opened.items()}
-    count, kept = states["base"].shape[0], ctx.session.kept
-    if not count:
-        return dict.fromkeys(models, float("nan"))
-    base = opened["base"].path
-
-    def probabilities(name: str) -> list[Tensor]:
-        return _log_probabilities(ctx, models[name], states[name])
-
-    @cache
-    def reference() -> list[Tensor]:
-        # Of a sweep's points the base is the same one; of a large vocabulary it is made anew.
-        few = 4 * count * int(ctx.pair().base.config["vocab_size"]) <= KEPT_BYTES
-        own = partial(probabilities, "base")
-        return kept.one("probabilities of the base", base, own) if few else own()
-
-    def divergence(name: str) -> float:
-        total = 0.0
-        for ours, other in map(_over_common, reference(), probabilities(name)):
-            total += float((ours.exp() * (ours - other)).sum(dtype=torch.float64))
-        # Rounding can leave the KL of equal distributions a hair below zero; NaN stays NaN.
-        value = total / count
-        return 0.0 if value < 0.0 else value
-
-    return {
-        name: divergence(name)
-        if model.edit is not None
-        else kept.one(f"divergence of {name}", (base, opened[name].path), partial(divergence, name))
-        for name, model in models.items()
-    }
-
-
-def _over_common(base: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
-    """Both over the rows of the vocabulary that both models have."""
-    rows = min(base.shape[1], other.shape[1])
-    if base.shape == other.shape:
-        return base, other
-    return base[:, :rows].log_softmax(-1), other[:, :rows].log_softmax(-1)
-
-
-def _log_probabilities(ctx: Context, model: Model, states: Tensor) -> list[Tensor]:
-    """Log-probabilities of the next token from last-layer states [n, d], in blocks."""
-    blocks = []
-    memo = DigestMemo(ctx.store.root)
-    with model.proven(memo), model.stream(ctx) as stream, stream.head():
-        for block in torch.split(states, POSITION_BLOCK):
-            hidden = block[None].to(device=ctx.torch_device, dtype=ctx.compute_dtype)
-            positions = torch.arange(block.shape[0], device=ctx.torch_device)
-            blocks.append(stream.logits(hidden, positions).float().log_softmax(-1).cpu())
-    return blocks
-
-
 def read_comparison(artifact: Artifact) -> dict[str, Any]:
     """The result of a comparison as JSON values."""
     return artifact.unit_meta("comparison")
+
+
+def row_losses(artifact: Artifact, model: str) -> list[float]:
+    """What a model's reasoning loss is the mean of; empty if it was not measured."""
+    name = f"rows.{OBJECTIVE.name}"
+    if not artifact.has("comparison", name):
+        return []
+    place = list(read_comparison(artifact)["models"]).index(model)
+    losses: list[float] = artifact.read("comparison", name)[place].tolist()
+    return losses
 
 
 def gate_check(result: Mapping[str, Any], predicted: Mapping[str, float]) -> dict[str, Any]:

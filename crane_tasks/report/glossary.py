@@ -27,6 +27,13 @@ WORDS = {
     "with `</think>`": "the share of targets that end a thinking block",
     "ended by itself": "the share of decoded targets that came to their end token",
     "cut": "how many did not",
+    "metric": "with its interval at 95 %, given the rows: Wilson's of a share, else a bootstrap's",
+    "against base": "the merge, or the checkpoint, on the rows that the base was asked as well",
+    "difference": "of the mean over the same rows",
+    "at 95 %": "where the difference lies, by a paired bootstrap over the rows",
+    "lost": "rows on which the base is right and the other is not",
+    "gained": "the other way round",
+    "McNemar p": "the chance of such a split between lost and gained if both were as good",
     "predicted": "by the gate, to first order, for the edit as it is projected",
     "realised": "merged minus base, measured",
 } | {metric.title: metric.meaning for metric in METRICS}

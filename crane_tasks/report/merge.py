@@ -26,6 +26,7 @@ from crane_tasks.report.page import page, table
 from crane_tasks.report.pictures import draw_all
 from crane_tasks.report.samples import chosen, samples
 from crane_tasks.report.tables import (
+    against_base_table,
     delta_table,
     edit_table,
     evaluation_table,
@@ -91,6 +92,7 @@ def markdown(report: MergeReport, pictures: dict[str, str]) -> str:
         "## What the models do",
         tables.of(head, rows) if rows else "",
         _evaluation_note(report.evaluation),
+        *_difference_parts(report.evaluation, tables),
         *_target_parts(report, tables),
         *_gate_parts(report, tables),
         *(f"![{title}]({file})" for title, file in pictures.items()),
@@ -126,6 +128,17 @@ class _Tables:
         """One of them."""
         self.heads += head
         return table(head, rows)
+
+
+def _difference_parts(evaluation: dict[str, Any], tables: _Tables) -> list[str]:
+    head, rows = against_base_table(evaluation)
+    if not rows:
+        return []
+    told = (
+        "Row by row against the base, on the same rows: intervals by a paired bootstrap, lost and "
+        "gained rows with McNemar's exact test."
+    )
+    return [told, tables.of(head, rows)]
 
 
 def _sample_parts(report: MergeReport) -> list[str]:

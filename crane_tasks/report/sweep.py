@@ -142,6 +142,7 @@ def sweep_markdown(report: SweepReport, picture: str | None) -> str:
         if report.requirements else "",
         f"Best: **{points[choice.best]}**, the lowest reasoning loss of the points that may be "
         "chosen." if choice.best is not None else report.problem or "",
+        alike_note(points, choice),
         f"Written: `{Path(written).name}`" if written else "",
         *(f"**Failed: {p}.** {p.error}" for p in failed),
         f"![Reasoning loss against alpha, and what is traded for it]({picture})" if picture else "",
@@ -149,6 +150,17 @@ def sweep_markdown(report: SweepReport, picture: str | None) -> str:
         f"```yaml\n{yaml.safe_dump(recipe, sort_keys=False)}```",
     ]  # fmt: skip
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def alike_note(points: Sequence[Point], choice: Choice) -> str:
+    """Which points the rows cannot tell from the best."""
+    if not choice.alike:
+        return ""
+    said = "; ".join(str(points[place]) for place in choice.alike)
+    return (
+        f"Not told apart from it by the held-out rows (the paired difference of the reasoning loss "
+        f"at 95 % holds 0): {said}."
+    )
 
 
 def write_sweep_report(report: SweepReport, folder: Path, *, draw: bool = True) -> Path:

@@ -8,7 +8,7 @@ from typing import Any
 from artifacts.store import Artifact
 from artifacts.tables import read_table
 from crane_tasks.delta import read_statistics
-from crane_tasks.evaluate.metrics import METRICS
+from crane_tasks.evaluate.metrics import METRICS, Metric
 from crane_tasks.models.files.checkpoint import Checkpoint
 from crane_tasks.numerics.edit import EditSums
 from crane_tasks.numerics.scores import GainSums, pooled
@@ -21,11 +21,32 @@ NONE = "–"
 
 
 def evaluation_table(evaluation: Mapping[str, Any]) -> Cells:
-    """Models by the metrics that any of them has."""
+    """The metrics that any model has, a row each: its values with their intervals."""
     models: dict[str, dict[str, float]] = evaluation.get("models", {})
+    intervals = evaluation.get("intervals", {})
     metrics = [m for m in METRICS if any(m.name in values for values in models.values())]
-    rows = [[name, *(m.shown(v.get(m.name)) for m in metrics)] for name, v in models.items()]
-    return ["model", *(m.title for m in metrics)], rows
+
+    def cell(metric: Metric, name: str) -> str:
+        value, ends = models[name].get(metric.name), intervals.get(name, {}).get(metric.name)
+        return metric.shown(value) + (f" ({metric.between(*ends)})" if ends else "")
+
+    return ["metric", *models], [[m.title, *(cell(m, n) for n in models)] for m in metrics]
+
+
+def against_base_table(evaluation: Mapping[str, Any]) -> Cells:
+    """What the last model changes against the base on the same rows, a metric each."""
+    compared: dict[str, dict[str, dict[str, float]]] = evaluation.get("against_base", {})
+    name = list(compared)[-1] if compared else ""
+    rows, found = [], compared.get(name, {})
+    for metric in METRICS:
+        if (one := found.get(metric.name)) is None:
+            continue
+        tested = "p" in one and metric.better
+        counts = [f"{one['lost']}", f"{one['gained']}", f"{one['p']:.2g}"] if tested else []
+        cells = [metric.changed(one["difference"]),
+                 f"{metric.changed(one['low'])} to {metric.changed(one['high'])}"]  # fmt: skip
+        rows.append([metric.title, *cells, *counts, *[NONE] * (3 - len(counts))])
+    return ["against base", "difference", "at 95 %", "lost", "gained", "McNemar p"], rows
 
 
 def unfinished_note(evaluation: Mapping[str, Any]) -> str:

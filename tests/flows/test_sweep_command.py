@@ -17,8 +17,8 @@ from crane_process import KILL, Ended, crane, stopped
 Pairs = Callable[[str], TinyPair]
 GRID = ("--alpha", "0.5,0.25", "--tau", "0.03")
 FILES = {"sweep.json", "sweep.csv", "sweep.md", "sweep.html", "sweep.png"}
-POINT_KEYS = {"name", "alpha", "tau", "set", "status", "seconds", "key", "metrics", "pareto",
-              "meets"}  # fmt: skip
+POINT_KEYS = {"name", "alpha", "tau", "set", "status", "seconds", "key", "metrics", "intervals",
+              "pareto", "meets"}  # fmt: skip
 
 
 class Bench(Shared):

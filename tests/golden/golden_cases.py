@@ -19,8 +19,10 @@ from crane_tasks.apply.forecast import group_row
 from crane_tasks.apply.rows import row_factors
 from crane_tasks.calibration.format import format_mask
 from crane_tasks.calibration.sets import TokenSet
+from crane_tasks.evaluate.answers import Answers, Asked
 from crane_tasks.evaluate.measure import format_positions
-from crane_tasks.evaluate.metrics import METRICS, Answers, Measured, table_identity
+from crane_tasks.evaluate.metrics import METRICS, Measured, table_identity
+from crane_tasks.evaluate.uncertainty import intervals_of, mean
 from crane_tasks.magnitudes import absolute_sums
 from crane_tasks.merge_section import LmHead, TokenRows
 from crane_tasks.method import ARTIFACTS
@@ -242,16 +244,20 @@ def evaluate_case() -> Numbers:
     """Every metric of a model with some right and some wrong answers."""
     call = '<tool_call>\n{"name": "add", "arguments": {"x": 1}}\n</tool_call>'
     measured = Measured(
-        {"reasoning": 0.5, "agent": 0.25},
+        {"reasoning": [0.5, 0.25], "agent": [0.25]},
         {
             "agent": Answers([call, call.replace("1", "2"), "no", call + "<think>"], [call] * 4,
-                             [20, 20, 2, 21]),
+                             [20, 20, 2, 21], [Asked(7)] * 4),
             "reasoning": Answers(["<think>a</think> 4", "5", "<think>b"], ["4", "4", "b"],
-                                 [8, 2, 3]),
+                                 [8, 2, 3], [Asked(5)] * 3),
         },
         0.125,
     )  # fmt: skip
-    return {metric.name: metric.compute(measured) for metric in METRICS}
+    return {
+        metric.name: [mean(each), *(intervals_of({metric.name: each}).get(metric.name, ()))]
+        for metric in METRICS
+        if (each := metric.each(measured))
+    }
 
 
 def stability_case() -> Numbers:

@@ -12,7 +12,9 @@ from tiny_merge import asked
 from crane_tasks.calibration.format import format_rows
 from crane_tasks.calls import SYNTAXES
 from crane_tasks.errors import DataError, RecipeError
-from crane_tasks.evaluate.metrics import METRICS, Answers, Measured
+from crane_tasks.evaluate.answers import Answers, Asked
+from crane_tasks.evaluate.metrics import METRICS, Measured
+from crane_tasks.evaluate.uncertainty import mean
 from crane_tasks.method import keys_of
 from crane_tasks.models.files.tokenizer import load_tokenizer
 from crane_tasks.protocol import QWEN_PATTERNS, format_marks, syntax_of_texts, template_syntax
@@ -200,10 +202,13 @@ def test_where_the_template_sets_no_marks_they_are_asked_for(contexts: Contexts)
 
 def test_an_answer_that_was_cut_is_none() -> None:
     call = WRITTEN["hermes"][0]
-    answers = Answers([call, call], [call, call], [9, 9], frozenset({1}))
-    said = Answers(["<think>a</think> 4"] * 2, ["<think>b</think> 4"] * 2, [9, 9], frozenset({0}))
+    answers = Answers([call, call], [call, call], [9, 9], [Asked(3)] * 2, frozenset({1}))
+    thought = ["<think>a</think> 4"] * 2, ["<think>b</think> 4"] * 2
+    said = Answers(*thought, [9, 9], [Asked(3)] * 2, frozenset({0}))
     measured = Measured({}, {"agent": answers, "reasoning": said}, float("nan"))
-    found = {m.name: m.compute(measured) for m in METRICS if "answers" in m.needs}
+    found = {
+        m.name: mean(m.each(measured)) for m in METRICS if "answers" in m.needs and m.each(measured)
+    }
     assert (found["tool_calls"], found["exact_tool_calls"], found["right_answers"]) == (0.5,) * 3
 
 

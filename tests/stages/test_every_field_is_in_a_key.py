@@ -82,6 +82,7 @@ OTHERS: dict[str, Any] = {
     "evaluate.calls": "llama3",
     "evaluate.max_new_tokens": 7,
     "evaluate.max_prompt_length": 200,
+    "evaluate.run_code": True,
     "run.device": "cpu",
     "run.store": "elsewhere",
     "run.output": "elsewhere",
@@ -173,7 +174,7 @@ def test_another_table_of_metrics_is_another_key(
     usual = keyring.keys()
     row = metrics.METRICS[0]
     for table in (
-        (*metrics.METRICS, metrics.Metric("new", "new", "nats", "", (), row.compute, "a new one")),
+        (*metrics.METRICS, metrics.Metric("new", "new", "nats", "", (), row.each, "a new one")),
         metrics.METRICS[1:],
         (replace(row, version=row.version + 1), *metrics.METRICS[1:]),
     ):

@@ -91,6 +91,34 @@ def test_the_message_says_how_near_the_nearest_came() -> None:
     assert "too large" in shortfall([FAILED], [])
 
 
+def test_points_that_the_rows_cannot_tell_apart_are_named() -> None:
+    rows = [0.1, 0.5, 0.9, 0.3, 0.7, 0.2, 0.8, 0.4]
+    noise = [0.02, -0.03, 0.01, 0.02, -0.01, -0.02, 0.03, -0.01]
+    of = {
+        "best": rows,
+        "as good": [a + b for a, b in zip(rows, noise, strict=True)],
+        "worse on every row": [a + 0.001 for a in rows],
+        "not allowed": rows,
+    }
+    points = [
+        replace(at(n, sum(losses) / 8, 0.5 if name == "not allowed" else 1.0), losses=losses)
+        for n, (name, losses) in enumerate(of.items())
+    ]
+    choice = choose(points, [Requirement("tool_calls", ">=", 0.9)])
+    assert (choice.best, choice.alike) == (0, [1])
+
+
+def test_an_interval_can_be_required() -> None:
+    point = replace(at(0.1, 0.5, 1.0), ends={"tool_calls.low": 0.94, "tool_calls.high": 1.0})
+    for text, met in (("tool_calls.low>=0.9", True), ("tool_calls.low>=0.97", False)):
+        assert choose([point], [read_requirement(text)]).meets == [met]
+    assert "tool_calls.low 0.94 (0.03 short)" in shortfall(
+        [point], [read_requirement("tool_calls.low>=0.97")]
+    )
+    with pytest.raises(RecipeError, match="format_divergence has no interval"):
+        read_requirement("format_divergence.high<=1")
+
+
 Places = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=12)
 
 
