@@ -138,6 +138,17 @@ CALLS = Literal[
 ]  # fmt: skip
 
 
+class Suite(Section):
+    """A task or group of the lm-evaluation-harness."""
+
+    lm_eval: str = Field(min_length=1, description="its name in the harness, as gsm8k")
+    path: str | None = Field(default=None, description="folder of own tasks' YAML files")
+    limit: Count | None = Field(default=None, gt=0, description="rows; default all")
+    num_fewshot: Count | None = Field(default=None, ge=0, description="default: the task's")
+    chat: bool = Field(default=True, description="by the chat template, where there is one")
+    max_gen_toks: Count | None = Field(default=None, gt=0, description="default: the task's")
+
+
 class Evaluate(Section):
     reasoning: Data | None = Field(default=None, description="held-out rows, as `calibration`")
     agent: Data | None = Field(default=None, description="held-out rows, as `calibration`")
@@ -147,6 +158,9 @@ class Evaluate(Section):
     )
     max_new_tokens: Count = Field(default=2048, gt=0, description=LONGEST)
     max_prompt_length: Count = Field(default=2048, gt=0, description=LONGEST_PROMPT)
+    suites: tuple[Suite, ...] = Field(
+        default=(), description="tasks of the lm-evaluation-harness, for base, donor and merge"
+    )
     run_code: bool = Field(
         default=False, description="rows' `python-tests` may run what a model wrote, in bubblewrap"
     )

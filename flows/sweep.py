@@ -39,6 +39,8 @@ from flows.trackers import tracker_of
 
 WRITE = ("best",)
 ALL, FRONT = "all", "front"
+# Of a point that answers later, or never.
+LOSSES_ALONE = {"evaluate.generate": 0, "evaluate.suites": []}
 
 
 def sweep(
@@ -121,7 +123,7 @@ def read_answers(text: str, recipe: Recipe) -> Callable[[Sequence[Point]], list[
     best = text.removeprefix("best:")
     if text != FRONT and not (text.startswith("best:") and best.isdecimal() and int(best) > 0):
         raise RecipeError(f"--answers {text}: write {ALL}, {FRONT} or best:N")
-    if not recipe.evaluate.generate:
+    if not (recipe.evaluate.generate or recipe.evaluate.suites):
         raise RecipeError(f"--answers {text}: nothing is answered while evaluate.generate is 0")
     if text == FRONT:
         return lambda points: sorted(choose(points, []).front)
@@ -130,7 +132,7 @@ def read_answers(text: str, recipe: Recipe) -> Callable[[Sequence[Point]], list[
 
 def _of_losses(spot: Spot) -> Spot:
     """The same point without answers."""
-    return replace(spot, recipe=changed(spot.recipe, {"evaluate.generate": 0}, spot.name))
+    return replace(spot, recipe=changed(spot.recipe, LOSSES_ALONE, spot.name))
 
 
 def _answer(

@@ -117,12 +117,15 @@ class Terminal:
             against_base_table,
             evaluation_table,
             prediction_table,
+            suites_table,
             unfinished_note,
         )
 
         if evaluation_table(result)[1]:
             self._table("What the models do (at 95 %)", evaluation_table(result))
             self._table("On the same rows", against_base_table(result))
+        if suites_table(result)[1]:
+            self._table("Suites (± standard error)", suites_table(result))
         if note := unfinished_note(result):
             self.out.print(note)
         if result.get("gate"):

@@ -179,7 +179,7 @@ class Search:
         """A trial's point, and why it was cut short if it was."""
         spot = self.bench.spot(self.recipe, self.space.suggest(trial), name)
         if self.recipe.evaluate.generate and trials.points:
-            settings = {"evaluate.generate": 0}
+            settings = {"evaluate.generate": 0, "evaluate.suites": []}
             losses = replace(spot, recipe=changed(spot.recipe, settings, name))
             first = replace(self.bench, models={}).measure(losses)
             if first.error is None:

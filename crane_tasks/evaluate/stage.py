@@ -39,6 +39,7 @@ from crane_tasks.evaluate.metrics import (
 )
 from crane_tasks.evaluate.models import Model, base_and_donor, written_merge
 from crane_tasks.evaluate.rows import Row, answered_rows, answers_of
+from crane_tasks.evaluate.suites import check_suites, suite_results, suites_identity
 from crane_tasks.evaluate.uncertainty import against, intervals_of, mean
 from crane_tasks.grades import needs_code
 from crane_tasks.identity import behaviour_identity
@@ -106,6 +107,8 @@ def _config(ctx: Context) -> dict[str, Any]:
     syntax = ctx.syntax()
     if syntax is not None and syntax != HERMES:  # keys are older than other syntaxes
         config["calls"] = syntax.name
+    if suites := suites_identity(ctx):
+        config["suites"] = suites
     # What ends an answer is either side's word.
     return config | ({"stops": ctx.stops} if ctx.recipe.evaluate.generate else {})
 
@@ -129,6 +132,8 @@ def _check(ctx: Context, keys: Keys) -> None:
     """
     settings = ctx.recipe.evaluate
     _check_code(ctx)
+    if not ctx.store.has(keys[EVALUATE]):  # to load a task's data takes seconds
+        check_suites(ctx)
     if settings.generate:
         for side in (ctx.pair().base, ctx.pair().donor):
             generation_config(side)
@@ -160,7 +165,7 @@ EVALUATE = Stage(
     version=4,
     schema=Schema(arrays={r"metrics|rows\.\w+": ("float64",)}),
     inputs={"apply": APPLY, "base": BASE, "donor": DONOR, "tokenizer": TOKENIZER, **SETS},
-    fields=(*FIELDS, "evaluate.calls"),
+    fields=(*FIELDS, "evaluate.calls", "evaluate.suites"),
     config=_config,
     check=_check,
     without=unmeasured,
@@ -207,6 +212,11 @@ def compare(
         },
         "losses": {name: {s: mean_loss(a, s) for s in sets} for name, a in opened.items()},
         "rows": {name: len(wanted.sequences) for name, wanted in heldout.items()},
+        "suites": {
+            name: suite_results(ctx, keys, model)
+            for name, model in models.items()
+            if recipe.evaluate.suites
+        },
         "generated": recipe.evaluate.generate,
         "unended": {
             name: {n: len(a.unended) for n, a in one.answers.items() if a.unended}

@@ -28,6 +28,7 @@ WORDS = {
     "ended by itself": "the share of decoded targets that came to their end token",
     "cut": "how many did not",
     "metric": "with its interval at 95 %, given the rows: Wilson's of a share, else a bootstrap's",
+    "task": "of the lm-evaluation-harness, with its metric; ± the standard error",
     "against base": "the merge, or the checkpoint, on the rows that the base was asked as well",
     "difference": "of the mean over the same rows",
     "at 95 %": "where the difference lies, by a paired bootstrap over the rows",

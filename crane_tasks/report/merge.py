@@ -33,6 +33,7 @@ from crane_tasks.report.tables import (
     gain_table,
     layer_table,
     prediction_table,
+    suites_table,
     unfinished_note,
 )
 from crane_tasks.report.targets import target_table, unended_note
@@ -132,13 +133,15 @@ class _Tables:
 
 def _difference_parts(evaluation: dict[str, Any], tables: _Tables) -> list[str]:
     head, rows = against_base_table(evaluation)
+    suites = suites_table(evaluation)
+    shown = ["Suites of the lm-evaluation-harness:", tables.of(*suites)] if suites[1] else []
     if not rows:
-        return []
+        return shown
     told = (
         "Row by row against the base, on the same rows: intervals by a paired bootstrap, lost and "
         "gained rows with McNemar's exact test."
     )
-    return [told, tables.of(head, rows)]
+    return [told, tables.of(head, rows), *shown]
 
 
 def _sample_parts(report: MergeReport) -> list[str]:

@@ -49,6 +49,28 @@ def against_base_table(evaluation: Mapping[str, Any]) -> Cells:
     return ["against base", "difference", "at 95 %", "lost", "gained", "McNemar p"], rows
 
 
+def suites_table(evaluation: Mapping[str, Any]) -> Cells:
+    """The harness's metrics of every task, with their standard errors, by model."""
+    suites: dict[str, dict[str, dict[str, dict[str, Any]]]] = evaluation.get("suites", {})
+    rows = []
+    first: dict[str, dict[str, Any]] = next(iter(suites.values()), {"results": {}})
+    for task, found in first["results"].items():
+        for metric in found:
+            name, _, kind = metric.partition(",")
+            if not kind or name.endswith("_stderr"):
+                continue
+            cells = [_suite_cell(own["results"][task], name, kind) for own in suites.values()]
+            rows.append([f"{task}: {name}" + (f" ({kind})" if kind != "none" else ""), *cells])
+    return ["task", *suites], rows
+
+
+def _suite_cell(found: Mapping[str, Any], name: str, kind: str) -> str:
+    value, error = found.get(f"{name},{kind}"), found.get(f"{name}_stderr,{kind}")
+    if not isinstance(value, int | float):
+        return NONE
+    return f"{value:.4g}" + (f" ± {error:.2g}" if isinstance(error, int | float) else "")
+
+
 def unfinished_note(evaluation: Mapping[str, Any]) -> str:
     """Whose answers were cut, or have a cut target; empty if none."""
     cut = [
