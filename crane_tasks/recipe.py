@@ -149,6 +149,16 @@ class Suite(Section):
     max_gen_toks: Count | None = Field(default=None, gt=0, description="default: the task's")
 
 
+class Sampling(Section):
+    """How answers are drawn; without it they are decoded greedily."""
+
+    temperature: Number = Field(default=0.6, gt=0, description="of the softmax")
+    top_p: Number = Field(default=1.0, gt=0, le=1, description="share of the likeliest tokens")
+    top_k: Count = Field(default=0, ge=0, description="so many likeliest tokens; 0: all")
+    samples: Count = Field(default=1, gt=0, description="answers to each prompt")
+    seed: Count = Field(default=0, ge=0, description="of the draws")
+
+
 class Evaluate(Section):
     reasoning: Data | None = Field(default=None, description="held-out rows, as `calibration`")
     agent: Data | None = Field(default=None, description="held-out rows, as `calibration`")
@@ -158,6 +168,10 @@ class Evaluate(Section):
     )
     max_new_tokens: Count = Field(default=2048, gt=0, description=LONGEST)
     max_prompt_length: Count = Field(default=2048, gt=0, description=LONGEST_PROMPT)
+    sampling: Sampling | None = Field(
+        default=None,
+        description="temperature, top_p, top_k, samples, seed of answers; default: greedy",
+    )
     suites: tuple[Suite, ...] = Field(
         default=(), description="tasks of the lm-evaluation-harness, for base, donor and merge"
     )

@@ -4,7 +4,8 @@ Each model is measured once and kept under its content, so a sweep measures base
 never again.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -20,11 +21,11 @@ from crane_tasks.calibration.sets import TokenSet, offsets_of, read_set
 from crane_tasks.calibration.stages import AGENT, HELDOUT_AGENT, HELDOUT_REASONING, REASONING
 from crane_tasks.edit import edit_of
 from crane_tasks.evaluate.models import Model
-from crane_tasks.models.decoding.greedy import decode_greedily
+from crane_tasks.models.decoding.greedy import decode_by_draws, decode_greedily
 from crane_tasks.models.files.tokenizer import load_tokenizer
 from crane_tasks.models.walk.losses import SetLosses, losses_of_sets
 from crane_tasks.models.walk.stream import LayerStream
-from crane_tasks.recipe import Recipe
+from crane_tasks.recipe import Recipe, Sampling, field_of
 from crane_tasks.rendering import own_ends
 from crane_tasks.session import Context
 from crane_tasks.stage import TOKENIZER, Keys, Stage
@@ -52,13 +53,25 @@ def measure_config(ctx: Context) -> Mapping[str, Any]:
         "generate": settings.generate,
         "max_new_tokens": settings.max_new_tokens if settings.generate else 0,
         "patterns": list(patterns_of(ctx)),
-    }
+    } | ({"sampling": field_of(ctx.recipe, "evaluate.sampling")} if _draws(ctx) else {})
+
+
+def _draws(ctx: Context) -> bool:
+    settings = ctx.recipe.evaluate
+    return bool(settings.generate) and settings.sampling is not None
+
+
+def samples_of(recipe: Recipe) -> int:
+    """How many answers each prompt gets."""
+    sampling = recipe.evaluate.sampling
+    return 1 if sampling is None else sampling.samples
 
 
 FIELDS = (
     "gate.compute",
     "evaluate.generate",
     "evaluate.max_new_tokens",
+    "evaluate.sampling",
     "calibration.format.patterns",
 )
 # One artifact per model, whose identity is given with the key.
@@ -179,10 +192,11 @@ def _write_answers(
     tokenizer = load_tokenizer(ctx.base)
     with stream.whole() as model:
         for name in missing:
-            prompts = read_set(ctx.store.open(heldout[name])).prompts()[: settings.generate]
+            asked = read_set(ctx.store.open(heldout[name])).prompts()[: settings.generate]
+            prompts = [prompt for prompt in asked for _ in range(samples_of(ctx.recipe))]
             answers: list[list[int]] = []
             for first in range(0, len(prompts), GENERATE_BATCH):
-                answers += decode_greedily(
+                answers += _decoder(settings.sampling, first)(
                     model,
                     prompts[first : first + GENERATE_BATCH],
                     max_new_tokens=settings.max_new_tokens,
@@ -194,6 +208,14 @@ def _write_answers(
             with draft.unit(f"answers.{name}") as unit:
                 unit.write("token_ids", torch.tensor([i for a in answers for i in a]))
                 unit.write("offsets", offsets_of(answers))
+
+
+def _decoder(sampling: Sampling | None, first: int) -> Callable[..., list[list[int]]]:
+    """What decodes a batch whose first answer has this number."""
+    if sampling is None:
+        return decode_greedily
+    how = sampling.model_dump(include={"temperature", "top_p", "top_k"})
+    return partial(decode_by_draws, seed=sampling.seed * 1_000_003 + first, **how)
 
 
 def mean_loss(artifact: Artifact, name: str) -> float:

@@ -27,11 +27,13 @@ class Measured:
         answers: by held-out set; empty if none were generated.
         divergence: mean KL(base ‖ model), in nats, of the next token where the agent targets
             have format tokens; NaN if they have none.
+        samples: how many answers in a row are to one prompt.
     """
 
     losses: Mapping[str, Sequence[float]]
     answers: Mapping[str, Answers]
     divergence: float
+    samples: int = 1
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,8 @@ class Metric:
         unit: nats, share or tokens.
         better: lower or higher; empty where neither is.
         needs: the held-out set, and "answers" if it takes generated ones.
-        each: a number per row of which it is the mean (a truth value where it is a share); of
-            no rows there is no such metric.
+        each: a number per row (per answer, if it takes those) of which it is the mean, a truth
+            value where it is a share; of no rows there is no such metric.
         meaning: a sentence for the README.
         guard: its turn among those that a sweep's front trades against the first metric;
             0 for none.
@@ -220,8 +222,15 @@ def measured_metrics(recipe: Recipe) -> list[Metric]:
 
 
 def rows_of(measured: Measured, recipe: Recipe) -> dict[str, Sequence[float]]:
-    """All that can be said of one model, by metric a number per row."""
-    values = {m.name: m.each(measured) for m in measured_metrics(recipe)}
+    """All that can be said of one model, by metric a number per row: where a prompt has several
+    answers their mean, so that shares are pass@1."""
+    values = {}
+    for metric in measured_metrics(recipe):
+        each, count = metric.each(measured), measured.samples
+        if "answers" in metric.needs:
+            starts = range(0, len(each), count)
+            each = [sum(each[first : first + count]) / count for first in starts]
+        values[metric.name] = each
     return {name: each for name, each in values.items() if len(each)}
 
 

@@ -1,20 +1,22 @@
 """What each model answered to each held-out row, as it was graded."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from crane_tasks.calibration.sets import TokenSet, read_set
 from crane_tasks.calls import HERMES
 from crane_tasks.ends import ends_of, without_end
 from crane_tasks.evaluate.answers import Answers, Asked, answer_text, grade
-from crane_tasks.evaluate.measure import heldout_sets, measure_ref, read_answers
+from crane_tasks.evaluate.measure import heldout_sets, measure_ref, read_answers, samples_of
 from crane_tasks.evaluate.models import Model
 from crane_tasks.models.files.tokenizer import load_tokenizer
 from crane_tasks.rendering import opens_thinking
 from crane_tasks.rows import load_rows
 from crane_tasks.session import Context
 from crane_tasks.stage import Keys
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -43,10 +45,12 @@ class Row:
     Attributes:
         set: "reasoning" or "agent".
         place: where the row came from.
+        sample: which of the answers to its prompt this is.
     """
 
     set: str
     place: str
+    sample: int
     prompt: str
     target: str
     answers: Mapping[str, Answered]
@@ -62,28 +66,32 @@ class Row:
 
 def answers_of(ctx: Context, name: str, answers: list[list[int]], wanted: TokenSet) -> Answers:
     """Decoded answers, token ids each, beside a held-out set's first targets and rows."""
-    tokenizer = load_tokenizer(ctx.base)
+    tokenizer, count = load_tokenizer(ctx.base), samples_of(ctx.recipe)
     ends = ends_of(ctx, tokenizer)
     plain = [without_end(ids, ends) for ids in answers]
-    targets = [without_end(ids, ends) for ids in wanted.targets()[: len(answers)]]
-    opened = [opens_thinking(tokenizer, ids) for ids in wanted.prompts()]
+    given = _repeated(wanted.targets(), count)[: len(answers)]
+    targets = [without_end(ids, ends) for ids in given]
+    opened = _repeated([opens_thinking(tokenizer, ids) for ids in wanted.prompts()], count)
 
     def texts(sides: list[list[int]]) -> list[str]:
         pairs = zip(sides, opened, strict=False)
         return [answer_text(tokenizer, ids, opened=within) for ids, within in pairs]
 
-    asked = _asked(ctx, name, wanted)[: len(answers)]
+    asked = _repeated(_asked(ctx, name, wanted), count)[: len(answers)]
     unended = frozenset(
         n
-        for n, (ids, target, row) in enumerate(
-            zip(answers, wanted.targets(), asked, strict=False)  # as many as were generated
-        )
+        for n, (ids, target, row) in enumerate(zip(answers, given, asked, strict=True))
         # A target tells what is right only where the row does not.
         if _unended(ids, ends) or (not _says(row) and _unended(target, ends))
     )
     lengths = [len(ids) for ids in plain]
     syntax = ctx.syntax() or HERMES  # stage `evaluate` has refused calls that cannot be read
     return Answers(texts(plain), texts(targets), lengths, asked, unended, syntax)
+
+
+def _repeated(rows: Sequence[T], count: int) -> list[T]:
+    """Each of them so many times: a prompt's answers follow one another."""
+    return [row for row in rows for _ in range(count)]
 
 
 def _asked(ctx: Context, name: str, wanted: TokenSet) -> list[Asked]:
@@ -117,7 +125,8 @@ def answered_rows(ctx: Context, keys: Keys, models: Mapping[str, Model]) -> Iter
             for model, answers in given.items()
         }
         targets = next(iter(given.values())).targets
-        prompts = wanted.prompts()[: len(targets)]
+        count = samples_of(ctx.recipe)
+        prompts = _repeated(wanted.prompts(), count)[: len(targets)]
         for n, (prompt, target) in enumerate(zip(prompts, targets, strict=True)):
             answers = {
                 model: Answered(
@@ -126,4 +135,4 @@ def answered_rows(ctx: Context, keys: Keys, models: Mapping[str, Model]) -> Iter
                 for model, a in given.items()
             }
             text = tokenizer.decode(prompt, skip_special_tokens=False)
-            yield Row(name, wanted.places[n], text, target, answers)
+            yield Row(name, wanted.places[n // count], n % count, text, target, answers)

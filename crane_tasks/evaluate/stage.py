@@ -28,6 +28,7 @@ from crane_tasks.evaluate.measure import (
     measured,
     measured_sets,
     read_answers,
+    samples_of,
     unmeasured,
 )
 from crane_tasks.evaluate.metrics import (
@@ -199,6 +200,7 @@ def compare(
                 if recipe.evaluate.generate
             },
             diverged[name],
+            samples_of(recipe),
         )
         for name, artifact in opened.items()
     }

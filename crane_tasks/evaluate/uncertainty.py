@@ -20,7 +20,7 @@ def intervals_of(rows: Mapping[str, Sequence[float]]) -> dict[str, tuple[float, 
         metric = BY_NAME[name]
         if not metric.sampled:
             continue
-        share = metric.unit == SHARE
+        share = metric.unit == SHARE and _whole(each)
         found[name] = wilson(int(sum(each)), len(each)) if share else bootstrap_mean(each)
     return {name: ends for name, ends in found.items() if ends[0] == ends[0]}
 
@@ -40,7 +40,12 @@ def against(
         if low != low:
             continue
         found[name] = {"difference": mean(changes), "low": low, "high": high}
-        if BY_NAME[name].unit == SHARE:
+        if BY_NAME[name].unit == SHARE and _whole(ours) and _whole(each):
             lost, gained = changes.count(-1.0), changes.count(1.0)
             found[name] |= {"lost": lost, "gained": gained, "p": mcnemar(lost, gained)}
     return found
+
+
+def _whole(each: Sequence[float]) -> bool:
+    """Whether rows are right or wrong, and not right in some of several answers."""
+    return all(value in (0.0, 1.0) for value in each)

@@ -21,6 +21,7 @@ from crane_tasks.evaluate.rows import Row
 from crane_tasks.models.files.tokenizer import load_tokenizer
 from crane_tasks.numerics.edit import EditSums
 from crane_tasks.pairing import pair_notes
+from crane_tasks.report.answers import FILE, answers_page
 from crane_tasks.report.glossary import glossary
 from crane_tasks.report.page import page, table
 from crane_tasks.report.pictures import draw_all
@@ -147,7 +148,10 @@ def _difference_parts(evaluation: dict[str, Any], tables: _Tables) -> list[str]:
 def _sample_parts(report: MergeReport) -> list[str]:
     if not report.answered:
         return []
-    told = "Of each set some answers: first where the base is right and the merge is not."
+    told = (
+        "Of each set some answers: first where the base is right and the merge is not. All of them, "
+        f"to be filtered: [{FILE}]({FILE})."
+    )
     return ["## Answers side by side", told, *samples(chosen(report.answered, "merged"))]
 
 
@@ -245,6 +249,11 @@ def write_report(report: MergeReport, folder: Path) -> Path:
     data = {file: (folder / file).read_bytes() for file in files.values()}
     text = markdown(report, files)
     (folder / "report.md").write_text(text)
+    if report.answered:
+        told = answers_page(recipe.name, report.answered, "merged")
+        (folder / FILE).write_text(told)
+    else:
+        (folder / FILE).unlink(missing_ok=True)  # of an earlier merge
     target = folder / "report.html"
     target.write_text(page(recipe.name, text, data))
     return target

@@ -4,8 +4,6 @@
 pictures of the docs.
 """
 
-import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,15 +12,14 @@ import pytest
 from conftest import TinyPair
 from crane_process import reached
 from prefect_site import DEADLINE, Site, wait_until
+from real_browser import browser_page, needs_chromium
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
-MILLISECONDS = 1000.0
 SHOWN = """wanted => {
     const found = [...document.querySelectorAll("img[src^='data:image/png']")];
     const shows = image => image.complete && image.naturalWidth > 100 && image.clientWidth > 100;
     return found.length == wanted && found.every(shows);
 }"""
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium: apt-get install chromium")
+pytestmark = needs_chromium
 
 
 class Camera:
@@ -52,25 +49,8 @@ def camera(request: pytest.FixtureRequest) -> Camera:
 
 @pytest.fixture
 def page() -> Iterator[Any]:
-    """A page that may talk to this machine alone."""
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"]
-        )
-        found = browser.new_page(viewport={"width": 1200, "height": 1000})
-        found.set_default_timeout(DEADLINE * MILLISECONDS)
-        strangers: list[str] = []
-
-        def refuse(route: Any) -> None:
-            strangers.append(route.request.url)
-            route.abort()
-
-        found.route(re.compile(r"^https?://(?!127\.0\.0\.1[:/])"), refuse)
+    with browser_page(DEADLINE) as found:
         yield found
-        browser.close()
-        assert strangers == [], "the page has asked others"
 
 
 def test_a_merge_is_started_from_the_form_and_its_report_shows(

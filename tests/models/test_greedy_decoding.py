@@ -7,7 +7,7 @@ import torch
 from conftest import TinyPair
 
 from crane_tasks.errors import CheckpointError
-from crane_tasks.models.decoding.greedy import decode_greedily, load_resident
+from crane_tasks.models.decoding.greedy import decode_by_draws, decode_greedily, load_resident
 
 PROMPTS = [[11, 12, 13, 14, 15, 16, 17, 18, 19], [200], [40, 41, 42], [9, 9, 300, 7, 9]]
 CPU = torch.device("cpu")
@@ -106,3 +106,20 @@ def test_a_checkpoint_without_weights_is_refused_by_name(
     with pytest.raises(CheckpointError, match="holds neither") as caught:
         load_resident(broken, CPU, torch.float32)
     assert str(broken) in str(caught.value)
+
+
+def test_draws_are_those_of_their_seed(tiny_pair: TinyPair) -> None:
+    model = load_resident(tiny_pair.base, CPU, torch.float32)
+
+    def drawn(seed: int, top_k: int = 0) -> list[list[int]]:
+        torch.manual_seed(99)  # what others draw must not matter, nor be disturbed
+        answers = decode_by_draws(
+            model, PROMPTS, seed=seed, temperature=2.0, top_p=1.0, top_k=top_k,
+            max_new_tokens=12, pad=0, eos=2,
+        )  # fmt: skip
+        assert torch.initial_seed() == 99
+        return answers
+
+    assert drawn(1) == drawn(1) != drawn(2)
+    greedy = decode_greedily(model, PROMPTS, max_new_tokens=12, pad=0, eos=2)
+    assert drawn(1, top_k=1) == greedy

@@ -99,7 +99,7 @@ def test_no_answer_becomes_markup() -> None:
 def test_what_was_lost_comes_first() -> None:
     def row(n: int, base: bool, merged: bool) -> Row:
         answers = {m: Answered("", 0, True, r, "") for m, r in (("base", base), ("merged", merged))}
-        return Row("agent", str(n), "", "", answers)
+        return Row("agent", str(n), 0, "", "", answers)
 
     rows = [row(0, True, True), row(1, False, True), row(2, True, False), row(3, True, False)]
     assert [r.place for r in chosen(rows, "merged")] == ["2", "3", "1"] and OF_EACH_SET == 3

@@ -1,4 +1,4 @@
-"""Greedy decoding with transformers, the whole model resident."""
+"""Decoding with transformers, the whole model resident: greedily, or by draws."""
 
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -20,7 +20,6 @@ def load_resident(folder: Path, device: torch.device, compute: torch.dtype) -> A
     return LayerStream(checkpoint, device=device, compute=compute, resident=True).assembled()
 
 
-@torch.inference_mode()
 def decode_greedily(
     model: Any,
     prompts: Sequence[Sequence[int]],
@@ -36,6 +35,44 @@ def decode_greedily(
     repetition penalty) are set aside; its end-of-sequence tokens are kept, `eos` takes their
     place where it names none, and `also` are others besides.
     """
+    return _decode(model, prompts, max_new_tokens, pad, eos, also, {"do_sample": False})
+
+
+def decode_by_draws(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    seed: int,
+    temperature: float,
+    top_p: float,
+    top_k: int,
+    max_new_tokens: int,
+    pad: int | None,
+    eos: int | None,
+    also: Collection[int] = (),
+) -> list[list[int]]:
+    """The same with drawn tokens; the draws are those of the seed and the batch alone.
+
+    Args:
+        top_k: 0 for all tokens.
+    """
+    how = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k}
+    gpus = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=gpus):
+        torch.manual_seed(seed)
+        return _decode(model, prompts, max_new_tokens, pad, eos, also, how)
+
+
+@torch.inference_mode()
+def _decode(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    pad: int | None,
+    eos: int | None,
+    also: Collection[int],
+    how: dict[str, Any],
+) -> list[list[int]]:
     from transformers import GenerationConfig
 
     stop = model.generation_config.eos_token_id
@@ -51,7 +88,7 @@ def decode_greedily(
         mask[row, width - len(prompt) :] = 1
     make: Any = GenerationConfig
     settings = make(
-        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=sorted(stops), pad_token_id=pad
+        max_new_tokens=max_new_tokens, eos_token_id=sorted(stops), pad_token_id=pad, **how
     )
     model.generation_config = settings
     out = model.generate(
