@@ -25,8 +25,9 @@ from crane_tasks.models.files.folder import CARD
 from crane_tasks.places import report_folder
 from crane_tasks.projector import PROJECTOR
 from crane_tasks.report.merge import MergeReport, write_report
+from crane_tasks.report.model_index import with_model_index
 from crane_tasks.report.page import table
-from crane_tasks.report.tables import Cells, edit_table, evaluation_table
+from crane_tasks.report.tables import Cells, edit_table, evaluation_table, suites_table
 from crane_tasks.report.targets import target_sets
 from crane_tasks.scores.reading import Scores, alpha_by_rule
 from crane_tasks.scores.stage import SCORES, scores_of
@@ -138,14 +139,25 @@ def _note_results(merged: Merged) -> None:
     if not rows or not counts:
         return
     told = ", ".join(f"{count} {name}" for name, count in counts.items())
-    text = f"## Results\n\nOn held-out rows ({told}), by greedy decoding.\n\n{table(head, rows)}\n"
+    drawn = merged.ctx.recipe.evaluate.sampling
+    how = "by greedy decoding" if drawn is None else f"{drawn.samples} drawn answers to each"
+    parts = [
+        "## Results",
+        f"On held-out rows ({told}), {how}; in parentheses where a value lies at 95 %.",
+        table(head, rows),
+    ]
+    if (suites := suites_table(merged.evaluation))[1]:
+        parts += ["By the lm-evaluation-harness:", table(*suites)]
+    text = "\n\n".join(parts) + "\n"
     ctx = merged.ctx
     with held(ctx.output):
         card, record = ctx.output / CARD, provenance(ctx.output)
         if record is None or record["apply"] != merged.keys[APPLY].key or not card.is_file():
             return  # another merge's by now
         before = card.read_text()
-        if (after := with_results(before, text)) != before:
+        after = with_results(before, text)
+        after = with_model_index(after, merged.ctx.recipe.name, merged.evaluation)
+        if after != before:
             write_atomically(card, after)
 
 

@@ -149,8 +149,8 @@ def _sample_parts(report: MergeReport) -> list[str]:
     if not report.answered:
         return []
     told = (
-        "Of each set some answers: first where the base is right and the merge is not. All of them, "
-        f"to be filtered: [{FILE}]({FILE})."
+        "Of each set some answers: first where the base is right and the merge is not. All of "
+        f"them, to be filtered: [{FILE}]({FILE})."
     )
     return ["## Answers side by side", told, *samples(chosen(report.answered, "merged"))]
 

@@ -1,4 +1,4 @@
-"""The page of all answers, in a real browser: what it filters, and that nothing becomes markup."""
+"""The page of all answers in a real browser: its filters, and that nothing becomes markup."""
 
 from pathlib import Path
 from typing import Any

@@ -85,7 +85,11 @@ def test_the_card_the_recipe_and_the_provenance_are_ours(done: Done) -> None:
     assert matter["pipeline_tag"] == "text-generation"
     assert "2605.14084" in card and "the base's card" not in card
     loss = done.result.evaluation["models"]["merged"]["reasoning_loss"]
-    assert "## Results" in card and f"| merged | {loss:.4f} |" in card
+    (row,) = [line for line in card.splitlines() if line.startswith("| reasoning loss |")]
+    assert "## Results" in card and f" {loss:.4f} (" in row
+    (index,) = matter["model-index"]
+    values = {m["type"]: m["value"] for r in index["results"] for m in r["metrics"]}
+    assert values["reasoning_loss"] == pytest.approx(loss)
     recipe = yaml.safe_load((done.output / "crane_recipe.yaml").read_text())
     assert (recipe["alpha"], recipe["tau"], recipe["name"]) == (0.5, 0.03, "tiny-random")
     assert "run" not in recipe
