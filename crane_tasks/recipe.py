@@ -149,6 +149,14 @@ class Suite(Section):
     max_gen_toks: Count | None = Field(default=None, gt=0, description="default: the task's")
 
 
+class Engine(Section):
+    """What answers held-out prompts in place of transformers."""
+
+    serve: str = Field(
+        description="command that serves {checkpoint} at {port} by OpenAI's completions protocol"
+    )
+
+
 class Sampling(Section):
     """How answers are drawn; without it they are decoded greedily."""
 
@@ -168,6 +176,11 @@ class Evaluate(Section):
     )
     max_new_tokens: Count = Field(default=2048, gt=0, description=LONGEST)
     max_prompt_length: Count = Field(default=2048, gt=0, description=LONGEST_PROMPT)
+    engine: Engine | None = Field(
+        default=None,
+        description='{serve: "vllm serve {checkpoint} --port {port}"}: a server that answers; '
+        "default: transformers, in this process",
+    )
     sampling: Sampling | None = Field(
         default=None,
         description="temperature, top_p, top_k, samples, seed of answers; default: greedy",

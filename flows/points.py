@@ -71,6 +71,11 @@ def check_metrics(
             f"{recipe.name}: no held-out rows, so points cannot be compared; name "
             "evaluate.reasoning and evaluate.agent in the recipe"
         )
+    if recipe.evaluate.engine is not None and recipe.evaluate.generate:
+        raise RecipeError(
+            f"{recipe.name}: evaluate.engine serves checkpoints, and points are none: set it to "
+            "null, or evaluate.generate to 0"
+        )
     wanted = {r.metric.partition(".")[0]: f"--require '{r}'" for r in requirements}
     wanted |= {OBJECTIVE.name: "--write best"} if best and OBJECTIVE.name not in wanted else {}
     for metric, what in wanted.items():

@@ -179,9 +179,9 @@ class _Server(ThreadingHTTPServer):
 
 
 @contextmanager
-def running(served: Served) -> Iterator[Served]:
-    """The server on a port of its own."""
-    server = _Server(("127.0.0.1", 0), _handler(served))
+def running(served: Served, port: int = 0) -> Iterator[Served]:
+    """The server, by default on a port of its own."""
+    server = _Server(("127.0.0.1", port), _handler(served))
     served.url = f"http://127.0.0.1:{server.server_address[1]}/v1"
     thread = threading.Thread(target=server.serve_forever)
     thread.start()

@@ -131,16 +131,26 @@ def _target_of(work: Decoding, server: Endpoint, answer: Answer, ends: set[int])
     Raises:
         EndpointError: the ids are not of the base's vocabulary.
     """
-    ids = answer.ids
-    if ids is None:
-        ids = work.tokenizer(answer.text, add_special_tokens=False)["input_ids"]
+    ids = answer_ids(work.tokenizer, answer, ends)
     rows = work.ctx.pair().base.config["vocab_size"]
     if max(ids) >= rows:
         raise EndpointError(
             f"{server.endpoint}, model {server.model}: gave token {max(ids)}, the base's "
             f"vocabulary has {rows}. Only a model with the base's tokenizer can give its targets."
         )
+    return ids
+
+
+def answer_ids(tokenizer: Any, answer: Answer, ends: set[int]) -> list[int]:
+    """The token ids of a server's answer, its end token included if the model came to its end.
+
+    Where the server gives text alone, it is cut into tokens anew.
+    """
+    ids = answer.ids
+    if ids is None:
+        found: list[int] = tokenizer(answer.text, add_special_tokens=False)["input_ids"]
+        ids = found
     # vLLM's ids hold the end token, its text does not; as `decode_greedily` keeps it, so here.
     if answer.ended and ids[-1] not in ends:
-        ids = [*ids, turn_end(work.tokenizer)]
+        ids = [*ids, turn_end(tokenizer)]
     return ids

@@ -5,8 +5,9 @@ never again.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import closing
 from functools import partial
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import Any
 
 import torch
@@ -16,16 +17,20 @@ from artifacts.memo import DigestMemo
 from artifacts.ref import Ref
 from artifacts.schema import Schema
 from artifacts.store import Artifact, Draft
+from crane_tasks.calibration.decoding import answer_ids
 from crane_tasks.calibration.format import format_mask
 from crane_tasks.calibration.sets import TokenSet, offsets_of, read_set
 from crane_tasks.calibration.stages import AGENT, HELDOUT_AGENT, HELDOUT_REASONING, REASONING
 from crane_tasks.edit import edit_of
+from crane_tasks.ends import ends_of
+from crane_tasks.evaluate.engine import served_answers
 from crane_tasks.evaluate.models import Model
 from crane_tasks.models.decoding.greedy import decode_by_draws, decode_greedily
+from crane_tasks.models.files.memory import give_back_gpu_memory
 from crane_tasks.models.files.tokenizer import load_tokenizer
 from crane_tasks.models.walk.losses import SetLosses, losses_of_sets
 from crane_tasks.models.walk.stream import LayerStream
-from crane_tasks.recipe import Recipe, Sampling, field_of
+from crane_tasks.recipe import Engine, Recipe, Sampling, field_of
 from crane_tasks.rendering import own_ends
 from crane_tasks.session import Context
 from crane_tasks.stage import TOKENIZER, Keys, Stage
@@ -53,12 +58,12 @@ def measure_config(ctx: Context) -> Mapping[str, Any]:
         "generate": settings.generate,
         "max_new_tokens": settings.max_new_tokens if settings.generate else 0,
         "patterns": list(patterns_of(ctx)),
-    } | ({"sampling": field_of(ctx.recipe, "evaluate.sampling")} if _draws(ctx) else {})
-
-
-def _draws(ctx: Context) -> bool:
-    settings = ctx.recipe.evaluate
-    return bool(settings.generate) and settings.sampling is not None
+    } | {
+        # Keys are older than these.
+        name: field_of(ctx.recipe, f"evaluate.{name}")
+        for name in ("engine", "sampling")
+        if settings.generate and getattr(settings, name) is not None
+    }
 
 
 def samples_of(recipe: Recipe) -> int:
@@ -71,6 +76,7 @@ FIELDS = (
     "gate.compute",
     "evaluate.generate",
     "evaluate.max_new_tokens",
+    "evaluate.engine",
     "evaluate.sampling",
     "calibration.format.patterns",
 )
@@ -129,12 +135,18 @@ def measured(ctx: Context, keys: Keys, model: Model) -> Artifact:
 
 def write_measurements(ctx: Context, keys: Keys, model: Model, draft: Draft) -> None:
     """Unit of work: one set's losses, one set's answers."""
+    engine = ctx.recipe.evaluate.engine
     with model.stream(ctx) as stream:
         _write_losses(ctx, stream, measured_sets(ctx, keys), draft)
-        if not ctx.recipe.evaluate.generate or stream.resident:
+        if not ctx.recipe.evaluate.generate or (engine is None and stream.resident):
             _write_answers(ctx, stream, heldout_sets(ctx, keys), draft)
             return
-    # Decoding holds the whole model: in place of the walk, not beside it.
+    # Whoever decodes holds the whole model: in place of the walk, not beside it.
+    del stream
+    if engine is not None:
+        give_back_gpu_memory()
+        _write_served(ctx, engine, model, heldout_sets(ctx, keys), draft)
+        return
     with model.stream(ctx, resident=True) as stream:
         _write_answers(ctx, stream, heldout_sets(ctx, keys), draft)
 
@@ -186,14 +198,12 @@ def _write_answers(
     ctx: Context, stream: LayerStream, heldout: Mapping[str, Ref], draft: Draft
 ) -> None:
     settings = ctx.recipe.evaluate
-    missing = [name for name in heldout if not draft.done(f"answers.{name}")]
-    if not (settings.generate and missing):
+    missing = _unanswered(ctx, heldout, draft)
+    if not missing:
         return
     tokenizer = load_tokenizer(ctx.base)
     with stream.whole() as model:
-        for name in missing:
-            asked = read_set(ctx.store.open(heldout[name])).prompts()[: settings.generate]
-            prompts = [prompt for prompt in asked for _ in range(samples_of(ctx.recipe))]
+        for name, prompts in missing.items():
             answers: list[list[int]] = []
             for first in range(0, len(prompts), GENERATE_BATCH):
                 answers += _decoder(settings.sampling, first)(
@@ -205,9 +215,49 @@ def _write_answers(
                     also=own_ends(tokenizer),
                 )
                 ctx.progress(NAME, len(answers), len(prompts), f"{name} answers")
-            with draft.unit(f"answers.{name}") as unit:
-                unit.write("token_ids", torch.tensor([i for a in answers for i in a]))
-                unit.write("offsets", offsets_of(answers))
+            _keep_answers(draft, name, answers)
+
+
+def _write_served(
+    ctx: Context, engine: Engine, model: Model, heldout: Mapping[str, Ref], draft: Draft
+) -> None:
+    """The answers of a server that holds the model.
+
+    Raises:
+        EndpointError: it does not start, ends early, or refuses a prompt.
+    """
+    missing = _unanswered(ctx, heldout, draft)
+    tokenizer, limit = load_tokenizer(ctx.base), ctx.recipe.evaluate.max_new_tokens
+    if not missing:
+        return
+    ends = ends_of(ctx, tokenizer)
+    prompts = [prompt for own in missing.values() for prompt in own]
+    coming = served_answers(
+        engine.serve, model.folder, prompts, limit, draft.scratch / "engine.log"
+    )
+    with closing(coming):
+        for name, own in missing.items():
+            answers = []
+            for number, answer in enumerate(islice(coming, len(own)), start=1):
+                answers.append(answer_ids(tokenizer, answer, ends))
+                ctx.progress(NAME, number, len(own), f"{name} answers")
+            _keep_answers(draft, name, answers)
+
+
+def _unanswered(
+    ctx: Context, heldout: Mapping[str, Ref], draft: Draft
+) -> dict[str, list[list[int]]]:
+    """The prompts of the sets whose answers are missing, each as often as it is answered."""
+    settings, count = ctx.recipe.evaluate, samples_of(ctx.recipe)
+    names = [n for n in heldout if settings.generate and not draft.done(f"answers.{n}")]
+    asked = {n: read_set(ctx.store.open(heldout[n])).prompts()[: settings.generate] for n in names}
+    return {n: [prompt for prompt in own for _ in range(count)] for n, own in asked.items()}
+
+
+def _keep_answers(draft: Draft, name: str, answers: list[list[int]]) -> None:
+    with draft.unit(f"answers.{name}") as unit:
+        unit.write("token_ids", torch.tensor([i for a in answers for i in a]))
+        unit.write("offsets", offsets_of(answers))
 
 
 def _decoder(sampling: Sampling | None, first: int) -> Callable[..., list[list[int]]]:

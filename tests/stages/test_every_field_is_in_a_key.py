@@ -83,6 +83,7 @@ OTHERS: dict[str, Any] = {
     "evaluate.max_new_tokens": 7,
     "evaluate.max_prompt_length": 200,
     "evaluate.run_code": True,
+    "evaluate.engine": {"serve": "other {checkpoint} {port}"},
     "evaluate.sampling": {"temperature": 0.7},
     "evaluate.suites": [{"lm_eval": "gsm8k"}],
     "run.device": "cpu",

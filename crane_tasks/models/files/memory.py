@@ -51,6 +51,12 @@ def give_back_memory() -> None:
         trim(0)
 
 
+def give_back_gpu_memory() -> None:
+    """Let go of the memory that torch holds unused, for another process on the same GPU."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def keep_small_blocks() -> None:
     """Have the C library keep the blocks' memory for the next block.
 
