@@ -239,7 +239,9 @@ def measured(
         return failed(one, error)
     found = compared["models"]
     for name in ("base", "donor"):
-        models.setdefault(name, found[name])
+        # Of points that did not answer, base and donor have fewer metrics.
+        if len(found[name]) > len(models.get(name, ())):
+            models[name] = found[name]
     return Point(
         one.spot.alpha,
         one.spot.tau,

@@ -310,8 +310,10 @@ def test_only_the_points_that_matter_answer(
 ) -> None:
     """Those by their losses; what they answer is what they do where all do."""
     pair, told = pairs("qwen3"), tmp_path / "all"
-    whole = swept(pair, told, *ANSWERS, alphas=(0.2, 0.5, 0.8)).points
+    everywhere = swept(pair, told, *ANSWERS, alphas=(0.2, 0.5, 0.8))
+    whole = everywhere.points
     found = swept(pair, tmp_path, *ANSWERS, alphas=(0.2, 0.5, 0.8), answers=answers)
+    assert found.models == everywhere.models, "base and donor have answered"
     best = min(range(3), key=lambda i: whole[i].metrics["reasoning_loss"])
     decoded = [i for i, p in enumerate(found.points) if "tool_calls" in p.metrics]
     assert best in decoded and (count is None or len(decoded) == count)
