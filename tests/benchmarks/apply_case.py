@@ -92,7 +92,7 @@ def context(folder: Path, device: str, alpha: float, output: Path) -> Context:
         side_files_id="side files",
         stops={},
         output=output,
-        device=device,
+        devices=(device,),
         compute="float32",
     )
 

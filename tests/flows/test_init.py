@@ -47,7 +47,8 @@ def test_what_cannot_be_begun_is_said(args: list[str], message: str, tmp_path: P
 
 
 def test_shipped_sets_have_names() -> None:
-    names = {"agent", "format", "heldout_agent", "heldout_reasoning", "reasoning"}
+    names = {"agent", "format", "graded_agent", "graded_reasoning", "heldout_agent",
+             "heldout_reasoning", "reasoning"}  # fmt: skip
     assert shipped_sets().keys() == names
     with pytest.raises(RecipeError, match="no set of that name; there are agent"):
         shipped_set("crane:resoning")

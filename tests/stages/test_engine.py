@@ -30,6 +30,7 @@ def left(script: Path) -> list[int]:
     ]
 
 
+@pytest.mark.slow
 def test_a_servers_answers_are_those_of_this_process(pairs: Pairs, tmp_path: Path) -> None:
     pair = pairs("qwen3")
     serve = f"{shlex.quote(sys.executable)} {SCRIPT} {{checkpoint}} {{port}}"
