@@ -16,6 +16,8 @@ from pydantic import (
     model_validator,
 )
 
+LONGEST = "tokens of a decoded target, at most"
+LONGEST_PROMPT = "tokens of a prompt, at most; a row with a longer one is refused"
 # What float32, in which the edit is computed, can hold.
 LARGEST = 3.4e38
 

@@ -59,7 +59,7 @@ def served_answers(
         EndpointError: it does not start, ends early, or refuses a prompt.
     """
     with (
-        _server(command, checkpoint, log) as server,
+        serving(command, checkpoint, log) as server,
         asked(server, prompts, [limit] * len(prompts)) as futures,
     ):
         for future in futures:
@@ -67,7 +67,12 @@ def served_answers(
 
 
 @contextmanager
-def _server(command: str, checkpoint: Path, log: Path) -> Iterator[Endpoint]:
+def serving(command: str, checkpoint: Path, log: Path) -> Iterator[Endpoint]:
+    """A server of a checkpoint that is there for the block.
+
+    Raises:
+        EndpointError: it does not start, or ends before it is ready.
+    """
     port = _free_port()
     # Cut first: a path may have blanks.
     words = [
@@ -104,8 +109,12 @@ def _ready(process: "subprocess.Popen[bytes]", url: str, log: Path) -> str:
             time.sleep(PAUSE)
     ended = process.poll()
     what = "is not ready" if ended is None else f"ended with {ended} before it was ready"
-    lines = log.read_bytes().decode(errors="replace").split()
-    raise EndpointError(f"evaluate.engine: the server {what}: ...{' '.join(lines)[-SAID:]}")
+    raise EndpointError(f"evaluate.engine: the server {what}: ...{last_words(log)}")
+
+
+def last_words(log: Path) -> str:
+    """The end of what a program has said, as one line."""
+    return " ".join(log.read_bytes().decode(errors="replace").split())[-SAID:]
 
 
 def _stop(process: "subprocess.Popen[bytes]") -> None:

@@ -25,12 +25,13 @@ from crane_tasks.edit import edit_of
 from crane_tasks.ends import ends_of
 from crane_tasks.evaluate.engine import served_answers
 from crane_tasks.evaluate.models import Model
+from crane_tasks.evaluate_section import Engine, Sampling
 from crane_tasks.models.decoding.greedy import decode_by_draws, decode_greedily
 from crane_tasks.models.files.memory import give_back_gpu_memory
 from crane_tasks.models.files.tokenizer import load_tokenizer
 from crane_tasks.models.walk.losses import SetLosses, losses_of_sets
 from crane_tasks.models.walk.stream import LayerStream
-from crane_tasks.recipe import Engine, Recipe, Sampling, field_of
+from crane_tasks.recipe import Recipe, field_of
 from crane_tasks.rendering import own_ends
 from crane_tasks.session import Context
 from crane_tasks.stage import TOKENIZER, Keys, Stage

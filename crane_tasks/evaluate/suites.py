@@ -1,26 +1,33 @@
-"""Tasks of EleutherAI's lm-evaluation-harness, run over a model in memory.
+"""Benchmarks of others: tasks of EleutherAI's lm-evaluation-harness, and programs.
 
 The harness renders, decodes and scores; it is handed the model itself, so that a point of a sweep
-is measured with no checkpoint written. Every model's numbers are kept under its content.
+is measured with no checkpoint written. A program is run against a server of the checkpoint, and
+leaves its number in a JSON file. Every model's numbers are kept under its content.
 """
 
 import copy
+import json
 import logging
-from collections.abc import Iterator, Mapping
+import shlex
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from artifacts.memo import DigestMemo
 from artifacts.ref import Ref, digest_of
 from artifacts.schema import Schema
 from artifacts.store import Draft
-from crane_tasks.errors import RecipeError
+from crane_tasks.errors import EndpointError, RecipeError
+from crane_tasks.evaluate.engine import check_command, last_words, serving
 from crane_tasks.evaluate.models import Model
+from crane_tasks.evaluate_section import Command, Suite
 from crane_tasks.identity import files_identity
+from crane_tasks.models.files.memory import give_back_gpu_memory
 from crane_tasks.models.files.tokenizer import load_tokenizer
-from crane_tasks.recipe import Suite
+from crane_tasks.section import Endpoint
 from crane_tasks.session import Context
 from crane_tasks.stage import TOKENIZER, Keys, Stage
 
@@ -34,11 +41,20 @@ Results = dict[str, Any]
 
 
 def _config(ctx: Context) -> Mapping[str, Any]:
+    suites, engine = ctx.recipe.evaluate.suites, ctx.recipe.evaluate.engine
+    commands = _of(suites, Command)
     return {
         "compute": ctx.compute,
-        "harness": _version(),
-        "suites": [_identity(ctx, suite) for suite in ctx.recipe.evaluate.suites],
-    }
+        "harness": _version() if _of(suites, Suite) else None,
+        "suites": [_identity(ctx, suite) for suite in suites],
+    } | ({"engine": engine.model_dump()} if commands and engine else {})
+
+
+T = TypeVar("T")
+
+
+def _of(suites: Sequence[Suite | Command], kind: type[T]) -> list[T]:
+    return [suite for suite in suites if isinstance(suite, kind)]
 
 
 # One artifact per model, whose identity is given with the key.
@@ -58,14 +74,25 @@ def suites_identity(ctx: Context) -> str | None:
 
 
 def check_suites(ctx: Context) -> None:
-    """Every task can be loaded, with its data.
+    """Every task can be loaded, with its data, and every program is there.
 
     Raises:
-        RecipeError: the harness is not installed, or a task is not known or has no data.
+        RecipeError: the harness is not installed, a task is not known or has no data, or there is
+            no server for a program.
     """
-    for suite in ctx.recipe.evaluate.suites:
-        _version()
-        _task(ctx, suite)
+    settings = ctx.recipe.evaluate
+    for suite in settings.suites:
+        if isinstance(suite, Suite):
+            _version()
+            _task(ctx, suite)
+        elif settings.engine is None:
+            raise RecipeError(f"evaluate.suites: {suite.name}: a command takes evaluate.engine")
+        else:
+            check_command(settings.engine.serve)
+            if "{output}" not in suite.command:
+                raise RecipeError(
+                    f"evaluate.suites: {suite.name}: {{output}} is not in its command"
+                )
 
 
 def suite_results(ctx: Context, keys: Keys, model: Model) -> Results:
@@ -74,20 +101,74 @@ def suite_results(ctx: Context, keys: Keys, model: Model) -> Results:
 
     def write(draft: Draft) -> None:
         with model.proven(DigestMemo(ctx.store.root)), draft.unit(UNIT) as unit:
-            unit.meta |= _measured(ctx, model)
+            found: Results = {name: {} for name in KEPT}
+            if tasks := _of(ctx.recipe.evaluate.suites, Suite):
+                _add_tasks(ctx, model, tasks, found)
+            if commands := _of(ctx.recipe.evaluate.suites, Command):
+                found["results"] |= _by_command(ctx, model, commands, draft.scratch)
+            unit.meta |= _plain(found)
 
     assert SUITES.schema is not None
     ctx.store.build(ref, SUITES.schema, write, waiting=ctx.notice)
     return ctx.store.open(ref).unit_meta(UNIT)
 
 
-def _measured(ctx: Context, model: Model) -> Results:
+def _by_command(
+    ctx: Context, model: Model, commands: Sequence[Command], scratch: Path
+) -> dict[str, dict[str, float]]:
+    """Each program's number, by its name.
+
+    Raises:
+        RecipeError: a sweep's point is no checkpoint that could be served.
+        EndpointError: the server does not come up, a program fails, or leaves no number.
+    """
+    engine = ctx.recipe.evaluate.engine
+    assert engine is not None, "refused before anything was computed"
+    if model.edit is not None:
+        raise RecipeError("evaluate.suites: commands take a written checkpoint; a point is none")
+    give_back_gpu_memory()
+    found = {}
+    with serving(engine.serve, model.folder, scratch / "engine.log") as server:
+        for number, one in enumerate(commands):
+            ctx.progress("evaluate", number, len(commands), one.name)
+            value = _run(one, server, model.folder, scratch)
+            found[one.name] = {f"{one.metric.rpartition('.')[2]},none": value}
+    return found
+
+
+def _run(one: Command, server: Endpoint, checkpoint: Path, scratch: Path) -> float:
+    output, log = scratch / "output.json", scratch / "command.log"
+    output.unlink(missing_ok=True)
+    places = {"{endpoint}": server.endpoint, "{model}": server.model,
+              "{checkpoint}": str(checkpoint), "{output}": str(output)}  # fmt: skip
+    words = shlex.split(one.command)
+    for place, meant in places.items():
+        words = [word.replace(place, meant) for word in words]
+    with log.open("wb") as said:
+        try:
+            code = subprocess.run(
+                words, stdin=subprocess.DEVNULL, stdout=said, stderr=said, check=False
+            ).returncode
+        except OSError as error:
+            raise EndpointError(f"evaluate.suites: {one.name}: {error}") from error
+    if code:
+        raise EndpointError(f"evaluate.suites: {one.name} ended with {code}: ...{last_words(log)}")
+    try:
+        value: Any = json.loads(output.read_text())
+        for name in one.metric.split("."):
+            value = value[int(name)] if isinstance(value, list) else value[name]
+        return float(value)
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise EndpointError(
+            f"evaluate.suites: {one.name}: no number at {one.metric} of its output: {error!r}"
+        ) from error
+
+
+def _add_tasks(ctx: Context, model: Model, suites: Sequence[Suite], found: Results) -> None:
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
-    found: Results = {name: {} for name in KEPT}
     tokenizer = copy.deepcopy(load_tokenizer(ctx.base))  # the harness changes its pad token
-    suites = ctx.recipe.evaluate.suites
     with model.stream(ctx, resident=True) as stream, stream.whole() as whole, _tied(whole):
         wrapped = HFLM(
             pretrained=whole, tokenizer=tokenizer, batch_size=BATCH, think_end_token=THOUGHT
@@ -106,8 +187,6 @@ def _measured(ctx: Context, model: Model) -> Results:
             )
             for name in KEPT:
                 found[name] |= dict(result[name])
-    plain: Results = _plain(found)
-    return plain
 
 
 @contextmanager
@@ -140,8 +219,10 @@ def _version() -> str:
         ) from None
 
 
-def _identity(ctx: Context, suite: Suite) -> Any:
+def _identity(ctx: Context, suite: Suite | Command) -> Any:
     """A suite by its own files' content, if it is of a folder."""
+    if isinstance(suite, Command):
+        return suite.model_dump()
     folder = _folder(ctx, suite)
     told = suite.model_dump(exclude={"path"})
     if folder is None:

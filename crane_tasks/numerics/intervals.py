@@ -13,6 +13,7 @@ import numpy as np
 Z = 1.959963984540054  # of the normal distribution, at 97.5 %
 TAIL = 2.5  # per cent, on either side
 DRAWS = 2000
+BLOCK = 100  # draws whose numbers are in memory at once
 SEED = 0
 
 
@@ -36,16 +37,22 @@ def bootstrap_mean(values: Sequence[float]) -> tuple[float, float]:
     rows = np.asarray(values, dtype=np.float64)
     if not rows.size or not np.isfinite(rows).all():
         return math.nan, math.nan
-    means = _draws(rows.size) @ rows / rows.size
+    draws = _draws(rows.size)
+    blocks = (draws[first : first + BLOCK] for first in range(0, DRAWS, BLOCK))
+    means = np.concatenate([block.astype(np.float64) @ rows for block in blocks]) / rows.size
     low, high = np.percentile(means, [TAIL, 100 - TAIL])
     return float(low), float(high)
 
 
-@lru_cache(maxsize=4)
-def _draws(count: int) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
-    """How often each of the rows is in each draw: [DRAWS, count]."""
-    numbers = np.random.default_rng(SEED)
-    return numbers.multinomial(count, np.full(count, 1 / count), size=DRAWS).astype(np.float64)
+@lru_cache(maxsize=2)
+def _draws(count: int) -> np.ndarray[tuple[int, int], np.dtype[np.uint8]]:
+    """How often each of the rows is in each draw: [DRAWS, count]. More than 255 times is none, of
+    any number of rows that there can be."""
+    numbers, shares = np.random.default_rng(SEED), np.full(count, 1 / count)
+    blocks = range(0, DRAWS, BLOCK)
+    return np.concatenate(
+        [numbers.multinomial(count, shares, size=BLOCK).astype(np.uint8) for _ in blocks]
+    )
 
 
 def mcnemar(lost: int, gained: int) -> float:

@@ -1,5 +1,6 @@
 """Answers by a server that was started for them: the same answers, and no process is left."""
 
+import json
 import shlex
 import sys
 from collections.abc import Callable
@@ -19,6 +20,17 @@ SCRIPT = Path(__file__).parents[1] / "serve_checkpoint.py"
 GIVEN = ("evaluate.generate=2", "evaluate.max_new_tokens=6")
 
 
+# It asks the server, and tells what only the checkpoint's own folder says.
+BENCHMARK = """
+import json, sys, urllib.request
+endpoint, output, checkpoint = sys.argv[1:]
+with urllib.request.urlopen(endpoint + "/models") as answer:
+    assert json.load(answer)["data"]
+layers = json.load(open(checkpoint + "/config.json"))["num_hidden_layers"]
+json.dump({"scores": [{"layers": layers}]}, open(output, "w"))
+"""
+
+
 def engine(command: str) -> str:
     return f"evaluate.engine={{serve: {command!r}}}"
 
@@ -35,7 +47,15 @@ def test_a_servers_answers_are_those_of_this_process(pairs: Pairs, tmp_path: Pat
     pair = pairs("qwen3")
     serve = f"{shlex.quote(sys.executable)} {SCRIPT} {{checkpoint}} {{port}}"
     ours = merged(pair, tmp_path / "store", tmp_path / "out", *GIVEN)
-    theirs = merged(pair, tmp_path / "store", tmp_path / "out", *GIVEN, engine(serve))
+    program = tmp_path / "benchmark.py"
+    program.write_text(BENCHMARK)
+    command = f"{shlex.quote(sys.executable)} {program} {{endpoint}} {{output}} {{checkpoint}}"
+    suite = {"name": "mine", "command": command, "metric": "scores.0.layers"}
+    given = (*GIVEN, engine(serve), f"evaluate.suites={json.dumps([suite])}")
+    theirs = merged(pair, tmp_path / "store", tmp_path / "out", *given)
+    layers = theirs.ctx.pair().base.num_layers
+    for name in ("base", "donor", "merged"):
+        assert theirs.evaluation["suites"][name]["results"] == {"mine": {"layers,none": layers}}
     assert ours.keys.refs["evaluate"].key != theirs.keys.refs["evaluate"].key
     rows = answered_by_merge(theirs.ctx, theirs.keys)
     assert rows == answered_by_merge(ours.ctx, ours.keys) and len(rows) == 4
