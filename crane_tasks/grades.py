@@ -25,6 +25,7 @@ NUMBER = re.compile(
 )
 FENCED = re.compile(r"```[\w+-]*\n(.*?)```", re.DOTALL)
 CHOSEN = re.compile(r"(?i:answer|option|choice)\W{0,4}(?:(?i:is)\W{0,4})?([A-Z])\b(?!')")
+OPTION = re.compile(r"^\W*([A-Z])[).:](.*)$", re.MULTILINE)
 LETTER = re.compile(r"\(([A-Z])\)|(?:^|\s)\**([A-Z])(?:[).:]|\**\s*$)", re.MULTILINE)
 
 
@@ -233,7 +234,10 @@ def _grade_choice(text: str, wanted: Any, run: RunTests | None) -> Grade:
     elif re.fullmatch(r"\(?[A-Za-z]\)?\.?", plain):
         named = [plain.strip("().").upper()]
     else:
-        named = CHOSEN.findall(text) or [a or b for a, b in LETTER.findall(text)]
+        # Options that are only repeated are no choice.
+        repeated = len({line[0] for line in OPTION.findall(text)}) > 1
+        rest = OPTION.sub("", text) if repeated else text
+        named = CHOSEN.findall(text) or [a or b for a, b in LETTER.findall(rest)]
     if not named:
         return Grade(False, "no letter")
     return Grade(named[-1] == wanted, f"chose {named[-1]}, wanted {wanted}")
