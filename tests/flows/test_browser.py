@@ -19,7 +19,7 @@ SHOWN = """wanted => {
     const shows = image => image.complete && image.naturalWidth > 100 && image.clientWidth > 100;
     return found.length == wanted && found.every(shows);
 }"""
-pytestmark = needs_chromium
+pytestmark = [needs_chromium, pytest.mark.slow]
 
 
 class Camera:
@@ -83,7 +83,6 @@ def test_a_merge_is_started_from_the_form_and_its_report_shows(
     camera(page, "prefect-report", 2000)
 
 
-@pytest.mark.slow
 def test_a_killed_run_is_finished_by_retry_in_its_menu(
     site: Site, page: Any, camera: Camera, moe_pair: TinyPair, tmp_path: Path
 ) -> None:

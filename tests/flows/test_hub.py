@@ -95,6 +95,7 @@ def desk(house: House, pairs: Callable[[str], TinyPair], tmp_path: Path) -> Desk
     return Desk(house, pair, tmp_path / "desk")
 
 
+@pytest.mark.slow
 def test_a_plan_downloads_no_weights_and_its_keys_are_the_merges(desk: Desk) -> None:
     plan = json.loads(desk.crane("plan", "recipe.yaml", "--json").out)
     stages = {s["name"]: s for s in plan["stages"]}
@@ -160,6 +161,7 @@ def test_what_the_hub_refuses_is_said_in_one_sentence(desk: Desk, spoil: str, to
     assert told in " ".join(said.split()) and "Traceback" not in said
 
 
+@pytest.mark.slow
 def test_a_download_that_broke_ends_well_and_without_a_network_the_cache_serves(desk: Desk) -> None:
     base = desk.hub.repos["tiny/base"]
     largest = max(base.glob("model*.safetensors"), key=lambda f: f.stat().st_size)

@@ -160,6 +160,7 @@ def test_bad_input_is_told_once_and_never_tried_again(server: None) -> None:
         result_of(state)
 
 
+@pytest.mark.slow
 def test_a_damaged_artifact_is_computed_again_within_the_flow(
     server: None, pairs: Pairs, tmp_path: Path
 ) -> None:

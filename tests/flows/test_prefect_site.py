@@ -182,6 +182,7 @@ def test_two_runs_never_work_at_the_same_time_and_a_swept_point_is_not_computed_
     assert "data:image/png" in site.artifacts(second["id"])["tiny-random-sweep-report"]["data"]
 
 
+@pytest.mark.slow
 def test_any_checkpoint_is_evaluated(site: Site, job: Job) -> None:
     parameters = {k: v for k, v in job.parameters().items() if k != "output"}
     run = site.start("evaluate", checkpoint=str(job.pair.donor), **parameters)

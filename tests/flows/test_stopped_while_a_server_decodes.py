@@ -82,6 +82,7 @@ def shop(pairs: Pairs, tmp_path: Path) -> Iterator[Shop]:
             goes_on.set()
 
 
+@pytest.mark.slow
 def test_after_a_kill_only_the_missing_batches_are_asked_for(shop: Shop, tmp_path: Path) -> None:
     first, others = shop.prompts()[:DECODE_BATCH], shop.prompts()[DECODE_BATCH:]
     shop.answer_only(first)

@@ -52,6 +52,10 @@ def same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
     )
 
 
+# A merge of each takes a while.
+ONE_FAST = [KINDS[0], *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS[1:])]
+
+
 def change_config(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     file = folder / "config.json"
     config = json.loads(file.read_text())
@@ -72,7 +76,7 @@ def test_the_language_model_says_of_text_what_the_wrapper_says(kind: str, wrappe
     assert torch.allclose(found, wanted, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ONE_FAST)
 def test_the_merge_is_that_of_the_language_models_and_the_rest_is_the_bases(
     kind: str, wrapped: Wrapped, tmp_path: Path
 ) -> None:
@@ -97,7 +101,7 @@ def test_the_merge_is_that_of_the_language_models_and_the_rest_is_the_bases(
     assert "AutoModelForImageTextToText.from_pretrained" in card
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ONE_FAST)
 def test_the_merge_loads_in_its_own_class(kind: str, wrapped: Wrapped, tmp_path: Path) -> None:
     merged(wrapped(kind), tmp_path / "store", tmp_path / "out")
     with warnings.catch_warnings():

@@ -46,6 +46,7 @@ def another_donor(moe_pair: TinyPair, tmp_path: Path) -> TinyPair:
     return pair
 
 
+@pytest.mark.slow
 def test_another_donor_with_targets_from_the_data_needs_no_pass(
     moe_pair: TinyPair, another_donor: TinyPair, tmp_path: Path
 ) -> None:

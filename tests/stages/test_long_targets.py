@@ -30,6 +30,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> TinyPair:
     return pair
 
 
+@pytest.mark.slow
 def test_a_long_target_is_scored_whole(pair: TinyPair, tmp_path: Path) -> None:
     session = asked(pair, tmp_path / "store")
     session.store.prepare()

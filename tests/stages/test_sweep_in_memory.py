@@ -304,7 +304,9 @@ def test_points_that_differ_outside_the_layers_share_a_walk_too(
     assert comparison(place, found.points[2].key)["models"]["merged"] == found.points[2].metrics
 
 
-@pytest.mark.parametrize(("answers", "count"), [("front", None), ("best:1", 1)])
+@pytest.mark.parametrize(
+    ("answers", "count"), [("front", None), pytest.param("best:1", 1, marks=pytest.mark.slow)]
+)
 def test_only_the_points_that_matter_answer(
     answers: str, count: int | None, pairs: Pairs, tmp_path: Path
 ) -> None:

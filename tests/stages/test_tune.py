@@ -166,6 +166,7 @@ def test_a_search_that_was_stopped_goes_on_as_if_it_had_not_been(
     assert later.known == place and len(notices) == (1 if place else 0)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("warm")
 def test_half_a_line_in_the_journal_and_a_stale_lock_are_mended(
     found: Tuned, pair: TinyPair, tmp_path: Path
