@@ -73,6 +73,7 @@ def numbers(store: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_two_workers_give_the_bits_of_one_process(
     moe_pair: TinyPair, server: None, cluster: str, tmp_path: Path
 ) -> None:

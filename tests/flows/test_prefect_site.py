@@ -152,6 +152,7 @@ def json_rows(artifact: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
+@pytest.mark.slow
 def test_a_wrong_value_is_refused_by_the_form_or_at_once(site: Site, job: Job) -> None:
     for wrong in ({"alpha": -1}, {"tau": 0}, {"recipe": "crane-31b"}):
         refused = site.submit("merge", **wrong)

@@ -172,6 +172,7 @@ def test_a_wrapper_of_another_language_model_is_refused_by_its_name(
         Checkpoint.open(pair.base)
 
 
+@pytest.mark.slow
 def test_a_plain_donor_fits_a_wrapped_base(wrapped: Wrapped, tmp_path: Path) -> None:
     pair = wrapped("gemma3")
     plain = alone(pair, tmp_path / "alone")

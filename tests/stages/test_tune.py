@@ -179,6 +179,7 @@ def test_half_a_line_in_the_journal_and_a_stale_lock_are_mended(
     assert told(search(pair, tmp_path, budget=3)) == told(found)[:3]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("warm")
 def test_a_finished_search_says_so_and_measures_nothing(pair: TinyPair, tmp_path: Path) -> None:
     first = search(pair, tmp_path, budget=2)
