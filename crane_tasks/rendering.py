@@ -13,13 +13,14 @@ from typing import Any
 
 from jinja2 import TemplateError
 
+from crane_tasks.calls import THINKING
 from crane_tasks.errors import DataError
 from crane_tasks.models.files.tokenizer import added_ids
 from crane_tasks.rows import Row
 
 NO_OPTIONS: Mapping[str, Any] = MappingProxyType({})
 REFUSALS = (TemplateError, ValueError, TypeError, KeyError)
-OPENING, CLOSING = "<think>", "</think>"
+OPENING, CLOSING = THINKING
 TAIL = 16  # of a prompt's tokens: enough to see a `<think>` that is no token of its own
 Messages = list[dict[str, Any]]
 

@@ -2,11 +2,16 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from crane_tasks.calls import HERMES, THINKING, Syntax
 from crane_tasks.grades import Grade, grade_answer, grade_calls
+from crane_tasks.rendering import CLOSING
 from crane_tasks.sandbox import run_tests
+
+# Metrics, report and every point of a sweep grade the same answers.
+_run_once = lru_cache(maxsize=4096)(run_tests)
 
 
 @dataclass(frozen=True)
@@ -56,13 +61,13 @@ def answer_text(tokenizer: Any, ids: Sequence[int], *, opened: bool = False) -> 
     text: str = tokenizer.decode(ids, skip_special_tokens=False)
     if not opened:
         return text
-    thought, closing, answer = text.partition("</think>")
+    thought, closing, answer = text.partition(CLOSING)
     return answer if closing else f"<think>{thought}"
 
 
 def final_answer(text: str) -> str:
     """What stands behind the thinking: the text after the last `</think>`, stripped."""
-    return text.rpartition("</think>")[2].strip()
+    return text.rpartition(CLOSING)[2].strip()
 
 
 def grade(name: str, answers: Answers, place: int) -> Grade:
@@ -76,7 +81,7 @@ def grade(name: str, answers: Answers, place: int) -> Grade:
     if asked.calls is not None and name == "agent":
         return grade_calls(answers.calls(place), asked.calls)
     if asked.answer is not None:
-        return grade_answer(final_answer(text), asked.answer, run_tests)
+        return grade_answer(final_answer(text), asked.answer, _run_once)
     target = answers.targets[place]
     if name == "reasoning":
         right = final_answer(text) == final_answer(target)

@@ -1,6 +1,5 @@
 """A server of one's own choice that answers in our place: started, waited for, and stopped."""
 
-import json
 import os
 import shlex
 import shutil
@@ -8,19 +7,19 @@ import signal
 import socket
 import subprocess
 import time
-import urllib.error
 import urllib.request
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
 from crane_tasks.errors import EndpointError, RecipeError
-from crane_tasks.models.decoding.server import Answer, asked
+from crane_tasks.evaluate_section import Engine
+from crane_tasks.models.decoding.server import Answer, asked, model_names
 from crane_tasks.section import Endpoint
 
 HOST = "127.0.0.1"
-PLACES = ("{checkpoint}", "{port}")
+CHECKPOINT, PORT = "{checkpoint}", "{port}"
 # To load a model of 160 GB from a slow disk, and to compile what it is run by.
 START_SECONDS = 3600.0
 STOP_SECONDS = 30.0
@@ -29,20 +28,37 @@ ASKED = 5.0  # seconds that a server has to say which models it has
 SAID = 400  # characters of its log
 
 
-def check_command(command: str) -> None:
-    """The command names where checkpoint and port go, and its program is there.
+def check_engine(engine: Engine) -> None:
+    """The command says where checkpoint and port go, and its program is there.
 
     Raises:
-        RecipeError: it does not.
+        RecipeError: it does not, or is not.
     """
-    if missing := [place for place in PLACES if place not in command]:
-        raise RecipeError(f"evaluate.engine.serve: {' and '.join(missing)} is not in the command")
+    check_command("evaluate.engine.serve", engine.serve, (CHECKPOINT, PORT))
+
+
+def check_command(field: str, command: str, places: Sequence[str]) -> None:
+    """A command of the recipe has its places, and its program is there.
+
+    Raises:
+        RecipeError: it lacks one, is no command, or is not installed; begins with the field.
+    """
+    if missing := [place for place in places if place not in command]:
+        raise RecipeError(f"{field}: {' and '.join(missing)} is not in the command")
     try:
         program = shlex.split(command)[0]
     except (ValueError, IndexError) as error:
-        raise RecipeError(f"evaluate.engine.serve: is no command: {error}") from error
+        raise RecipeError(f"{field}: is no command: {error}") from error
     if shutil.which(program) is None:
-        raise RecipeError(f"evaluate.engine.serve: {program} is not installed here")
+        raise RecipeError(f"{field}: {program} is not installed here")
+
+
+def words_of(command: str, places: Mapping[str, str]) -> list[str]:
+    """A command's words, with what stands for each place; a path may have blanks."""
+    words = shlex.split(command)
+    for place, meant in places.items():
+        words = [word.replace(place, meant) for word in words]
+    return words
 
 
 def served_answers(
@@ -74,11 +90,7 @@ def serving(command: str, checkpoint: Path, log: Path) -> Iterator[Endpoint]:
         EndpointError: it does not start, or ends before it is ready.
     """
     port = _free_port()
-    # Cut first: a path may have blanks.
-    words = [
-        word.replace(PLACES[0], str(checkpoint)).replace(PLACES[1], str(port))
-        for word in shlex.split(command)
-    ]
+    words = words_of(command, {CHECKPOINT: str(checkpoint), PORT: str(port)})
     with log.open("wb") as said:
         process = _started(words, said)
         try:
@@ -104,9 +116,11 @@ def _ready(process: "subprocess.Popen[bytes]", url: str, log: Path) -> str:
     while process.poll() is None and time.monotonic() < deadline:
         try:
             with urllib.request.urlopen(f"{url}/models", timeout=ASKED) as answer:
-                return str(json.load(answer)["data"][0]["id"])
-        except (OSError, urllib.error.URLError, ValueError, LookupError, TypeError):
-            time.sleep(PAUSE)
+                if names := model_names(answer.read().decode(errors="replace")):
+                    return names[0]
+        except OSError:
+            pass  # it does not listen yet
+        time.sleep(PAUSE)
     ended = process.poll()
     what = "is not ready" if ended is None else f"ended with {ended} before it was ready"
     raise EndpointError(f"evaluate.engine: the server {what}: ...{last_words(log)}")

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import closing
 from functools import partial
 from itertools import islice, pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -36,6 +36,7 @@ from crane_tasks.rendering import own_ends
 from crane_tasks.session import Context
 from crane_tasks.stage import TOKENIZER, Keys, Stage
 
+T = TypeVar("T")
 HELDOUT = {"reasoning": HELDOUT_REASONING, "agent": HELDOUT_AGENT}
 # On the calibration sets the gate's prediction is made.
 SETS = {"calibration_reasoning": REASONING, "calibration_agent": AGENT, **HELDOUT}
@@ -71,6 +72,11 @@ def samples_of(recipe: Recipe) -> int:
     """How many answers each prompt gets."""
     sampling = recipe.evaluate.sampling
     return 1 if sampling is None else sampling.samples
+
+
+def repeated(rows: Sequence[T], count: int) -> list[T]:
+    """Each of them so many times: a prompt's answers follow one another."""
+    return [row for row in rows for _ in range(count)]
 
 
 FIELDS = (
@@ -252,7 +258,7 @@ def _unanswered(
     settings, count = ctx.recipe.evaluate, samples_of(ctx.recipe)
     names = [n for n in heldout if settings.generate and not draft.done(f"answers.{n}")]
     asked = {n: read_set(ctx.store.open(heldout[n])).prompts()[: settings.generate] for n in names}
-    return {n: [prompt for prompt in own for _ in range(count)] for n, own in asked.items()}
+    return {n: repeated(own, count) for n, own in asked.items()}
 
 
 def _keep_answers(draft: Draft, name: str, answers: list[list[int]]) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 from crane_tasks.errors import RecipeError
 from crane_tasks.evaluate.answers import Answers, grade
 from crane_tasks.recipe import Recipe
+from crane_tasks.rendering import CLOSING
 
 NATS, SHARE, TOKENS = "nats", "share", "tokens"
 LOWER, HIGHER = "lower", "higher"
@@ -186,7 +187,7 @@ METRICS: tuple[Metric, ...] = (
     ),
     Metric(
         "thinking", "with thinking", SHARE, "", ("reasoning", "answers"),
-        lambda m: [float("</think>" in text) for text in m.answers["reasoning"].texts],
+        lambda m: [float(CLOSING in text) for text in m.answers["reasoning"].texts],
         "answers to reasoning prompts that end a thinking block",
     ),
     Metric(

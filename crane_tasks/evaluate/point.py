@@ -108,9 +108,9 @@ def _lay_over(ctx: Context, keys: Keys, stream: LayerStream, draft: Draft) -> No
 
 def _needs_the_head_alone(ctx: Context, keys: Keys) -> bool:
     """Whether a walk of several points has left nothing to be done with the layers."""
-    ref = point_ref(ctx, keys)
     if ctx.recipe.evaluate.suites:
         return False
+    ref = point_ref(ctx, keys)
     if ctx.store.has(ref):
         return True
     assert MEASURE.schema is not None

@@ -1,22 +1,26 @@
 """What each model answered to each held-out row, as it was graded."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, astuple, dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from crane_tasks.calibration.sets import TokenSet, read_set
 from crane_tasks.calls import HERMES
 from crane_tasks.ends import ends_of, without_end
 from crane_tasks.evaluate.answers import Answers, Asked, answer_text, grade
-from crane_tasks.evaluate.measure import heldout_sets, measure_ref, read_answers, samples_of
+from crane_tasks.evaluate.measure import (
+    heldout_sets,
+    measure_ref,
+    read_answers,
+    repeated,
+    samples_of,
+)
 from crane_tasks.evaluate.models import Model
 from crane_tasks.models.files.tokenizer import load_tokenizer
 from crane_tasks.rendering import opens_thinking
 from crane_tasks.rows import load_rows
 from crane_tasks.session import Context
 from crane_tasks.stage import Keys
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -69,15 +73,15 @@ def answers_of(ctx: Context, name: str, answers: list[list[int]], wanted: TokenS
     tokenizer, count = load_tokenizer(ctx.base), samples_of(ctx.recipe)
     ends = ends_of(ctx, tokenizer)
     plain = [without_end(ids, ends) for ids in answers]
-    given = _repeated(wanted.targets(), count)[: len(answers)]
+    given = repeated(wanted.targets(), count)[: len(answers)]
     targets = [without_end(ids, ends) for ids in given]
-    opened = _repeated([opens_thinking(tokenizer, ids) for ids in wanted.prompts()], count)
+    opened = repeated([opens_thinking(tokenizer, ids) for ids in wanted.prompts()], count)
 
     def texts(sides: list[list[int]]) -> list[str]:
         pairs = zip(sides, opened, strict=False)
         return [answer_text(tokenizer, ids, opened=within) for ids, within in pairs]
 
-    asked = _repeated(_asked(ctx, name, wanted), count)[: len(answers)]
+    asked = repeated(_asked(ctx, name, wanted), count)[: len(answers)]
     unended = frozenset(
         n
         for n, (ids, target, row) in enumerate(zip(answers, given, asked, strict=True))
@@ -87,11 +91,6 @@ def answers_of(ctx: Context, name: str, answers: list[list[int]], wanted: TokenS
     lengths = [len(ids) for ids in plain]
     syntax = ctx.syntax() or HERMES  # stage `evaluate` has refused calls that cannot be read
     return Answers(texts(plain), texts(targets), lengths, asked, unended, syntax)
-
-
-def _repeated(rows: Sequence[T], count: int) -> list[T]:
-    """Each of them so many times: a prompt's answers follow one another."""
-    return [row for row in rows for _ in range(count)]
 
 
 def _asked(ctx: Context, name: str, wanted: TokenSet) -> list[Asked]:
@@ -126,7 +125,7 @@ def answered_rows(ctx: Context, keys: Keys, models: Mapping[str, Model]) -> Iter
         }
         targets = next(iter(given.values())).targets
         count = samples_of(ctx.recipe)
-        prompts = _repeated(wanted.prompts(), count)[: len(targets)]
+        prompts = repeated(wanted.prompts(), count)[: len(targets)]
         for n, (prompt, target) in enumerate(zip(prompts, targets, strict=True)):
             answers = {
                 model: Answered(

@@ -16,7 +16,7 @@ from crane_tasks.calibration.sets import read_set
 from crane_tasks.calls import HERMES, SYNTAXES
 from crane_tasks.errors import RecipeError
 from crane_tasks.evaluate.divergence import divergences
-from crane_tasks.evaluate.engine import check_command
+from crane_tasks.evaluate.engine import check_engine
 from crane_tasks.evaluate.measure import (
     FIELDS,
     HELDOUT,
@@ -135,7 +135,7 @@ def _check(ctx: Context, keys: Keys) -> None:
     settings = ctx.recipe.evaluate
     _check_code(ctx)
     if settings.generate and settings.engine is not None:
-        check_command(settings.engine.serve)
+        check_engine(settings.engine)
         if settings.sampling is not None:
             raise RecipeError("evaluate.sampling: a server's answers are greedy so far")
     if not ctx.store.has(keys[EVALUATE]):  # to load a task's data takes seconds

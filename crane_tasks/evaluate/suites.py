@@ -8,7 +8,6 @@ leaves its number in a JSON file. Every model's numbers are kept under its conte
 import copy
 import json
 import logging
-import shlex
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,18 +20,26 @@ from artifacts.ref import Ref, digest_of
 from artifacts.schema import Schema
 from artifacts.store import Draft
 from crane_tasks.errors import EndpointError, RecipeError
-from crane_tasks.evaluate.engine import check_command, last_words, serving
+from crane_tasks.evaluate.engine import (
+    CHECKPOINT,
+    check_command,
+    check_engine,
+    last_words,
+    serving,
+    words_of,
+)
 from crane_tasks.evaluate.models import Model
 from crane_tasks.evaluate_section import Command, Suite
 from crane_tasks.identity import files_identity
 from crane_tasks.models.files.memory import give_back_gpu_memory
 from crane_tasks.models.files.tokenizer import load_tokenizer
+from crane_tasks.rendering import CLOSING
 from crane_tasks.section import Endpoint
 from crane_tasks.session import Context
 from crane_tasks.stage import TOKENIZER, Keys, Stage
 
 NAME = "suites"
-THOUGHT = "</think>"
+OUTPUT = "{output}"
 UNIT = "results"
 # What is kept of what the harness gives; its `results.json` has these among others.
 KEPT = ("results", "versions", "n-shot", "n-samples", "higher_is_better")
@@ -88,11 +95,8 @@ def check_suites(ctx: Context) -> None:
         elif settings.engine is None:
             raise RecipeError(f"evaluate.suites: {suite.name}: a command takes evaluate.engine")
         else:
-            check_command(settings.engine.serve)
-            if "{output}" not in suite.command:
-                raise RecipeError(
-                    f"evaluate.suites: {suite.name}: {{output}} is not in its command"
-                )
+            check_engine(settings.engine)
+            check_command(f"evaluate.suites: {suite.name}", suite.command, (OUTPUT,))
 
 
 def suite_results(ctx: Context, keys: Keys, model: Model) -> Results:
@@ -111,6 +115,15 @@ def suite_results(ctx: Context, keys: Keys, model: Model) -> Results:
     assert SUITES.schema is not None
     ctx.store.build(ref, SUITES.schema, write, waiting=ctx.notice)
     return ctx.store.open(ref).unit_meta(UNIT)
+
+
+def numbers_of(results: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
+    """What a model's results are made of: the tasks, and the harness's name of each metric."""
+    for task, found in results.items():
+        for metric in found:
+            name, comma, _ = metric.partition(",")
+            if comma and not name.endswith("_stderr"):
+                yield task, metric
 
 
 def _by_command(
@@ -140,10 +153,8 @@ def _run(one: Command, server: Endpoint, checkpoint: Path, scratch: Path) -> flo
     output, log = scratch / "output.json", scratch / "command.log"
     output.unlink(missing_ok=True)
     places = {"{endpoint}": server.endpoint, "{model}": server.model,
-              "{checkpoint}": str(checkpoint), "{output}": str(output)}  # fmt: skip
-    words = shlex.split(one.command)
-    for place, meant in places.items():
-        words = [word.replace(place, meant) for word in words]
+              CHECKPOINT: str(checkpoint), OUTPUT: str(output)}  # fmt: skip
+    words = words_of(one.command, places)
     with log.open("wb") as said:
         try:
             code = subprocess.run(
@@ -171,7 +182,7 @@ def _add_tasks(ctx: Context, model: Model, suites: Sequence[Suite], found: Resul
     tokenizer = copy.deepcopy(load_tokenizer(ctx.base))  # the harness changes its pad token
     with model.stream(ctx, resident=True) as stream, stream.whole() as whole, _tied(whole):
         wrapped = HFLM(
-            pretrained=whole, tokenizer=tokenizer, batch_size=BATCH, think_end_token=THOUGHT
+            pretrained=whole, tokenizer=tokenizer, batch_size=BATCH, think_end_token=CLOSING
         )
         for number, suite in enumerate(suites):
             ctx.progress("evaluate", number, len(suites), suite.lm_eval)

@@ -8,6 +8,7 @@ from huggingface_hub import EvalResult
 from huggingface_hub.repocard_data import eval_results_to_model_index
 
 from crane_tasks.evaluate.metrics import BY_NAME
+from crane_tasks.evaluate.suites import numbers_of
 
 KEY = "model-index"
 TASK = "text-generation"
@@ -63,7 +64,6 @@ def _suites(evaluation: Mapping[str, Any]) -> list[EvalResult]:
             metric_name=metric,
             metric_value=value,
         )
-        for task, found in results.items()
-        for metric, value in found.items()
-        if "," in metric and "_stderr" not in metric and isinstance(value, int | float)
+        for task, metric in numbers_of(results)
+        if isinstance(value := results[task][metric], int | float)
     ]

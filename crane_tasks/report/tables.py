@@ -9,6 +9,7 @@ from artifacts.store import Artifact
 from artifacts.tables import read_table
 from crane_tasks.delta import read_statistics
 from crane_tasks.evaluate.metrics import METRICS, Metric
+from crane_tasks.evaluate.suites import numbers_of
 from crane_tasks.models.files.checkpoint import Checkpoint
 from crane_tasks.numerics.edit import EditSums
 from crane_tasks.numerics.scores import GainSums, pooled
@@ -54,13 +55,10 @@ def suites_table(evaluation: Mapping[str, Any]) -> Cells:
     suites: dict[str, dict[str, dict[str, dict[str, Any]]]] = evaluation.get("suites", {})
     rows = []
     first: dict[str, dict[str, Any]] = next(iter(suites.values()), {"results": {}})
-    for task, found in first["results"].items():
-        for metric in found:
-            name, _, kind = metric.partition(",")
-            if not kind or name.endswith("_stderr"):
-                continue
-            cells = [_suite_cell(own["results"][task], name, kind) for own in suites.values()]
-            rows.append([f"{task}: {name}" + (f" ({kind})" if kind != "none" else ""), *cells])
+    for task, metric in numbers_of(first["results"]):
+        name, _, kind = metric.partition(",")
+        cells = [_suite_cell(own["results"][task], name, kind) for own in suites.values()]
+        rows.append([f"{task}: {name}" + (f" ({kind})" if kind != "none" else ""), *cells])
     return ["task", *suites], rows
 
 

@@ -6,6 +6,7 @@ from typing import Any
 from crane_tasks.calibration.sets import TokenSet, read_set
 from crane_tasks.calibration.stages import AGENT, HELDOUT_AGENT, HELDOUT_REASONING, REASONING
 from crane_tasks.models.files.wording import listed
+from crane_tasks.rendering import CLOSING
 from crane_tasks.report.tables import NONE, Cells
 from crane_tasks.session import Context
 from crane_tasks.stage import Keys
@@ -16,7 +17,6 @@ TITLES = {
     HELDOUT_REASONING: "held-out reasoning",
     HELDOUT_AGENT: "held-out agent",
 }
-THOUGHT = "</think>"  # ends the thinking of Qwen's, and others', answers
 
 
 def target_sets(ctx: Context, keys: Keys) -> dict[str, TokenSet]:
@@ -34,12 +34,12 @@ def target_table(sets: Mapping[str, TokenSet], tokenizer: Any) -> Cells:
         cut = tokens.unended
         ended = [NONE, NONE] if cut is None else [f"{1 - len(cut) / count:.1%}", str(len(cut))]
         whole = sum(ids.numel() for ids in tokens.sequences)
-        thought = sum(THOUGHT in text for text in texts) / count
+        thought = sum(CLOSING in text for text in texts) / count
         mean = f"{sum(lengths) / count:.1f}"
         rows.append([title, str(count), f"{whole:,}", f"{sum(lengths):,}", mean,
                      str(max(lengths)), f"{thought:.1%}", *ended])  # fmt: skip
     head = ["set", "rows", "tokens", "target tokens", "mean target", "longest",
-            f"with `{THOUGHT}`", "ended by itself", "cut"]  # fmt: skip
+            f"with `{CLOSING}`", "ended by itself", "cut"]  # fmt: skip
     return head, rows
 
 

@@ -24,32 +24,33 @@ from flows.sweep import sweep
 TINY = Path(__file__).parents[2] / "flows" / "recipes" / "tiny"
 Pairs = Callable[[str], TinyPair]
 ROWS, ALPHA = 24, 0.65
-GENERATED = """
-task: trace
+COMMON = """
+task: {name}
 dataset_path: json
 dataset_kwargs: {{data_files: {{test: {data}}}}}
 test_split: test
-output_type: generate_until
 description: You trace programs. Numbers wrap at 31.
 doc_to_text: "{{{{question}}}}"
+metadata: {{version: 1.0}}
+"""
+GENERATED = (
+    COMMON
+    + """
+output_type: generate_until
 doc_to_target: "{{{{answer}}}}"
 generation_kwargs: {{until: [], max_gen_toks: 96, do_sample: false}}
 metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}]
-metadata: {{version: 1.0}}
 """
-CHOSEN = """
-task: guess
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {data}}}}}
-test_split: test
+)
+CHOSEN = (
+    COMMON
+    + """
 output_type: multiple_choice
-description: You trace programs. Numbers wrap at 31.
-doc_to_text: "{{{{question}}}}"
 doc_to_choice: ["It prints 1.", "It prints 2.", "It prints 9.", "It prints 30."]
 doc_to_target: 2
 metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
-metadata: {{version: 1.0}}
 """
+)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +69,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     data.write_text("".join(json.dumps(one) + "\n" for one in asked))
     for name, text in (("trace", GENERATED), ("guess", CHOSEN)):
-        (folder / f"{name}.yaml").write_text(text.format(data=data))
+        (folder / f"{name}.yaml").write_text(text.format(name=name, data=data))
     return folder
 
 
@@ -142,9 +143,7 @@ def test_in_memory_on_disk_and_by_its_own_command_the_numbers_are_the_same(
 def test_what_cannot_be_loaded_is_refused_first(
     suite: dict[str, Any], message: str, tasks: Path, pairs: Pairs, tmp_path: Path
 ) -> None:
-    (tasks / "broken.yaml").write_text(
-        GENERATED.format(data="/no/such.jsonl").replace("trace", "broken")
-    )
+    (tasks / "broken.yaml").write_text(GENERATED.format(name="broken", data="/no/such.jsonl"))
     given = {key: str(tasks) if value == "TASKS" else value for key, value in suite.items()}
     recipe = pairs("qwen3").recipe(
         f"evaluate.suites={json.dumps([given])}", f"run.output={tmp_path / 'o'}"

@@ -80,6 +80,24 @@ def test_a_server_that_cannot_serve_is_told_with_its_words(
     assert (tmp_path / "out").exists() is (error is EndpointError), "what was merged is kept"
 
 
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("sh 'unclosed {output}", "mine: is no command"),
+        ("sh -c true", "mine: {output} is not in the command"),
+        ("no-such-program {output}", "mine: no-such-program is not installed"),
+    ],
+)
+def test_a_benchmark_that_cannot_be_run_is_refused_first(
+    command: str, message: str, pairs: Pairs, tmp_path: Path
+) -> None:
+    suite = {"name": "mine", "command": command, "metric": "score"}
+    given = (engine("true {checkpoint} {port}"), f"evaluate.suites={json.dumps([suite])}")
+    with pytest.raises(RecipeError, match=message):
+        merged(pairs("qwen3"), tmp_path / "store", tmp_path / "out", *given)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_sweep_has_nothing_to_serve(pairs: Pairs, tmp_path: Path) -> None:
     from tiny_merge import asked
 

@@ -149,7 +149,7 @@ async def _check(server: Endpoint) -> None:
     async with _client(server, CHECK_RETRIES, CHECK_SECONDS) as client:
         try:
             raw = await client.models.with_raw_response.list()
-            names = _names(raw.http_response.text)
+            names = model_names(raw.http_response.text)
         except APIError as error:
             listless = isinstance(error, APIStatusError) and error.status_code in NO_SUCH_ROUTE
             if not listless:
@@ -168,7 +168,7 @@ async def _check(server: Endpoint) -> None:
                 raise  # one that has its model, and no time for us now, is only busy
 
 
-def _names(body: str) -> list[str]:
+def model_names(body: str) -> list[str]:
     """The models of a list that can be read; else none."""
     try:
         return [str(model["id"]) for model in json.loads(body)["data"]]
