@@ -7,7 +7,7 @@ from typing import Any
 
 from crane_tasks.ends import ends_of
 from crane_tasks.errors import CheckpointError, EndpointError
-from crane_tasks.models.decoding.greedy import decode_greedily, load_resident
+from crane_tasks.models.decoding.greedy import decode, load_resident
 from crane_tasks.models.decoding.server import Answer, asked
 from crane_tasks.models.files.tokenizer import load_tokenizer
 from crane_tasks.models.files.wording import listed
@@ -77,7 +77,7 @@ def _by_checkpoint(work: Decoding, batches: Sequence[Sequence[int]]) -> Decoded:
         if model is None:
             folder = ctx.donor if section.targets == "donor" else ctx.base
             model = load_resident(folder, ctx.torch_device, ctx.compute_dtype)
-        targets = decode_greedily(
+        targets = decode(
             model,
             [work.prompts[i] for i in batch],
             max_new_tokens=section.max_new_tokens,
@@ -150,7 +150,7 @@ def answer_ids(tokenizer: Any, answer: Answer, ends: set[int]) -> list[int]:
     if ids is None:
         found: list[int] = tokenizer(answer.text, add_special_tokens=False)["input_ids"]
         ids = found
-    # vLLM's ids hold the end token, its text does not; as `decode_greedily` keeps it, so here.
+    # vLLM's ids hold the end token, its text does not; as `decode` keeps it, so here.
     if answer.ended and ids[-1] not in ends:
         ids = [*ids, turn_end(tokenizer)]
     return ids

@@ -4,9 +4,9 @@ Each model is measured once and kept under its content, so a sweep measures base
 never again.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+import time
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import closing
-from functools import partial
 from itertools import islice, pairwise
 from typing import Any, TypeVar
 
@@ -26,7 +26,7 @@ from crane_tasks.ends import ends_of
 from crane_tasks.evaluate.engine import served_answers
 from crane_tasks.evaluate.models import Model
 from crane_tasks.evaluate_section import Engine, Sampling
-from crane_tasks.models.decoding.greedy import decode_by_draws, decode_greedily
+from crane_tasks.models.decoding.greedy import Draws, OnStep, decode
 from crane_tasks.models.files.memory import give_back_gpu_memory
 from crane_tasks.models.files.tokenizer import load_tokenizer
 from crane_tasks.models.walk.losses import SetLosses, losses_of_sets
@@ -40,7 +40,6 @@ T = TypeVar("T")
 HELDOUT = {"reasoning": HELDOUT_REASONING, "agent": HELDOUT_AGENT}
 # On the calibration sets the gate's prediction is made.
 SETS = {"calibration_reasoning": REASONING, "calibration_agent": AGENT, **HELDOUT}
-GENERATE_BATCH = 32
 NAME = "evaluate"  # whose work a person sees
 
 
@@ -55,17 +54,21 @@ def unmeasured(recipe: Recipe) -> Collection[str]:
 def measure_config(ctx: Context) -> Mapping[str, Any]:
     """What decides measurements besides the model and the sets."""
     settings = ctx.recipe.evaluate
-    return {
-        "compute": ctx.compute,
-        "generate": settings.generate,
-        "max_new_tokens": settings.max_new_tokens if settings.generate else 0,
-        "patterns": list(patterns_of(ctx)),
-    } | {
-        # Keys are older than these.
-        name: field_of(ctx.recipe, f"evaluate.{name}")
-        for name in ("engine", "sampling")
-        if settings.generate and getattr(settings, name) is not None
-    }
+    return (
+        {
+            "compute": ctx.compute,
+            "generate": settings.generate,
+            "max_new_tokens": settings.max_new_tokens if settings.generate else 0,
+            "patterns": list(patterns_of(ctx)),
+        }
+        | {
+            # Keys are older than these.
+            name: field_of(ctx.recipe, f"evaluate.{name}")
+            for name in ("engine", "sampling")
+            if settings.generate and getattr(settings, name) is not None
+        }
+        | ({"draws": "by answer"} if settings.generate and settings.sampling else {})
+    )
 
 
 def samples_of(recipe: Recipe) -> int:
@@ -211,17 +214,16 @@ def _write_answers(
     tokenizer = load_tokenizer(ctx.base)
     with stream.whole() as model:
         for name, prompts in missing.items():
-            answers: list[list[int]] = []
-            for first in range(0, len(prompts), GENERATE_BATCH):
-                answers += _decoder(settings.sampling, first)(
-                    model,
-                    prompts[first : first + GENERATE_BATCH],
-                    max_new_tokens=settings.max_new_tokens,
-                    pad=tokenizer.pad_token_id,
-                    eos=tokenizer.eos_token_id,
-                    also=own_ends(tokenizer),
-                )
-                ctx.progress(NAME, len(answers), len(prompts), f"{name} answers")
+            answers = decode(
+                model,
+                prompts,
+                max_new_tokens=settings.max_new_tokens,
+                pad=tokenizer.pad_token_id,
+                eos=tokenizer.eos_token_id,
+                also=own_ends(tokenizer),
+                draws=_draws(settings.sampling),
+                on_step=_shown(ctx, name, len(prompts)),
+            )
             _keep_answers(draft, name, answers)
 
 
@@ -267,12 +269,19 @@ def _keep_answers(draft: Draft, name: str, answers: list[list[int]]) -> None:
         unit.write("offsets", offsets_of(answers))
 
 
-def _decoder(sampling: Sampling | None, first: int) -> Callable[..., list[list[int]]]:
-    """What decodes a batch whose first answer has this number."""
-    if sampling is None:
-        return decode_greedily
-    how = sampling.model_dump(include={"temperature", "top_p", "top_k"})
-    return partial(decode_by_draws, seed=sampling.seed * 1_000_003 + first, **how)
+def _draws(sampling: Sampling | None) -> Draws | None:
+    return None if sampling is None else Draws(**sampling.model_dump(exclude={"samples"}))
+
+
+def _shown(ctx: Context, name: str, count: int) -> OnStep:
+    """Shows how far the answers to a set are, and how fast they come."""
+    began = time.monotonic()
+
+    def show(finished: int, tokens: int) -> None:
+        rate = tokens / (time.monotonic() - began)
+        ctx.progress(NAME, finished, count, f"{name} answers, {rate:,.0f} tokens/s")
+
+    return show
 
 
 def mean_loss(artifact: Artifact, name: str) -> float:

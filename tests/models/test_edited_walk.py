@@ -8,7 +8,7 @@ import torch
 from conftest import ARCHITECTURES, MORE, TinyPair, load_tensors, save_tensors
 from torch import Tensor
 
-from crane_tasks.models.decoding.greedy import decode_greedily, load_resident
+from crane_tasks.models.decoding.greedy import decode, load_resident
 from crane_tasks.models.files.checkpoint import Checkpoint
 from crane_tasks.models.walk.losses import Item, item_losses, losses_of_models
 from crane_tasks.models.walk.overlay import Overlay
@@ -69,7 +69,7 @@ def same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
 
 def answers(stream: LayerStream) -> list[list[int]]:
     with stream.whole() as model:
-        return decode_greedily(model, PROMPTS, max_new_tokens=12, pad=0, eos=2)
+        return decode(model, PROMPTS, max_new_tokens=12, pad=0, eos=2)
 
 
 @pytest.mark.parametrize("architecture", [*ARCHITECTURES, *MORE])
@@ -80,7 +80,7 @@ def test_the_walks_own_model_answers_as_the_one_that_transformers_loads(
     stream = opened(folder)
     before = item_losses(stream, ITEMS, quiet)[0]
     model = load_resident(folder, CPU, torch.float32)
-    wanted = decode_greedily(model, PROMPTS, max_new_tokens=12, pad=0, eos=2)
+    wanted = decode(model, PROMPTS, max_new_tokens=12, pad=0, eos=2)
     assert answers(stream) == wanted
     with stream.whole() as ours, torch.no_grad():
         ids = torch.tensor([PROMPTS[0]])

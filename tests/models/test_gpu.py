@@ -15,7 +15,7 @@ from artifacts.store import Store
 from crane_tasks.delta import DELTA, MEDIANS
 from crane_tasks.errors import CheckpointError
 from crane_tasks.method import keys_of
-from crane_tasks.models.decoding.greedy import decode_greedily, load_resident
+from crane_tasks.models.decoding.greedy import decode, load_resident
 from crane_tasks.models.files.checkpoint import Checkpoint
 from crane_tasks.models.walk import passage
 from crane_tasks.models.walk.activations import Sums, walk_activations
@@ -214,7 +214,7 @@ def test_an_edit_is_laid_over_on_the_device_and_taken_off_again(
 
     def answers(stream: LayerStream) -> list[list[int]]:
         with stream.whole() as model:
-            return decode_greedily(model, [[9, 10, 11], [200]], max_new_tokens=8, pad=0, eos=2)
+            return decode(model, [[9, 10, 11], [200]], max_new_tokens=8, pad=0, eos=2)
 
     stream, other = opened(pair.base), opened(pair.donor)
     own, wanted = losses(stream), losses(other)
@@ -227,7 +227,7 @@ def test_an_edit_is_laid_over_on_the_device_and_taken_off_again(
         assert losses(stream) == own
     if resident:
         model = load_resident(pair.base, torch.device(CUDA), torch.bfloat16)
-        said = decode_greedily(model, [[9, 10, 11], [200]], max_new_tokens=8, pad=0, eos=2)
+        said = decode(model, [[9, 10, 11], [200]], max_new_tokens=8, pad=0, eos=2)
         assert answers(stream) == said
 
 

@@ -7,7 +7,7 @@ import torch
 from conftest import TinyPair
 
 from crane_tasks.errors import CheckpointError
-from crane_tasks.models.decoding.greedy import decode_by_draws, decode_greedily, load_resident
+from crane_tasks.models.decoding.greedy import ROWS, Draws, decode, load_resident
 
 PROMPTS = [[11, 12, 13, 14, 15, 16, 17, 18, 19], [200], [40, 41, 42], [9, 9, 300, 7, 9]]
 CPU = torch.device("cpu")
@@ -23,7 +23,7 @@ def decoded(
     model: Any, prompts: list[list[int]], stop: int | list[int], length: int = 12
 ) -> list[list[int]]:
     model.generation_config.eos_token_id = stop
-    return decode_greedily(model, prompts, max_new_tokens=length, pad=0, eos=2)
+    return decode(model, prompts, max_new_tokens=length, pad=0, eos=2)
 
 
 def greedy_by_hand(model: Any, prompt: list[int], stops: set[int], length: int) -> list[int]:
@@ -72,10 +72,10 @@ def test_an_end_token_that_is_also_the_padding_is_kept_once(model: Any) -> None:
     free = decoded(model, PROMPTS, 319)
     stop = free[1][1]
     model.generation_config.eos_token_id = stop
-    answers = decode_greedily(model, PROMPTS, max_new_tokens=12, pad=stop, eos=2)
+    answers = decode(model, PROMPTS, max_new_tokens=12, pad=stop, eos=2)
     assert answers[1] == free[1][: free[1].index(stop) + 1]
     model.generation_config.eos_token_id = stop
-    assert decode_greedily(model, PROMPTS, max_new_tokens=12, pad=None, eos=stop) == answers
+    assert decode(model, PROMPTS, max_new_tokens=12, pad=None, eos=stop) == answers
 
 
 def test_token_zero_can_be_the_end_token(model: Any) -> None:
@@ -108,18 +108,52 @@ def test_a_checkpoint_without_weights_is_refused_by_name(
     assert str(broken) in str(caught.value)
 
 
-def test_draws_are_those_of_their_seed(tiny_pair: TinyPair) -> None:
+def test_draws_are_those_of_their_seed_and_the_answers_number(tiny_pair: TinyPair) -> None:
     model = load_resident(tiny_pair.base, CPU, torch.float32)
+    length = 12
 
-    def drawn(seed: int, top_k: int = 0) -> list[list[int]]:
+    def drawn(seed: int, count: int = len(PROMPTS), **how: float) -> list[list[int]]:
         torch.manual_seed(99)  # what others draw must not matter, nor be disturbed
-        answers = decode_by_draws(
-            model, PROMPTS, seed=seed, temperature=2.0, top_p=1.0, top_k=top_k,
-            max_new_tokens=12, pad=0, eos=2,
-        )  # fmt: skip
+        settings: Any = {"temperature": 2.0, "top_p": 1.0, "top_k": 0, **how}
+        draws = Draws(seed=seed, **settings)
+        answers = decode(model, PROMPTS[:count], max_new_tokens=length, pad=0, eos=2, draws=draws)
         assert torch.initial_seed() == 99
         return answers
 
     assert drawn(1) == drawn(1) != drawn(2)
-    greedy = decode_greedily(model, PROMPTS, max_new_tokens=12, pad=0, eos=2)
-    assert drawn(1, top_k=1) == greedy
+    assert drawn(1, count=2) == drawn(1)[:2], "in whatever company"
+    greedy = decode(model, PROMPTS, max_new_tokens=length, pad=0, eos=2)
+    assert drawn(1, top_k=1) == drawn(1, top_p=1e-6) == greedy
+
+
+def test_draws_come_as_often_as_the_model_says(tiny_pair: TinyPair) -> None:
+    model = load_resident(tiny_pair.base, CPU, torch.float32)
+    draws = Draws(temperature=1.5, top_p=1.0, top_k=3, seed=5)
+    said = decode(model, [PROMPTS[0]] * 2000, max_new_tokens=1, pad=0, eos=2, draws=draws)
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([PROMPTS[0]])).logits[0, -1]
+    top = logits.topk(3)
+    chances = (top.values / 1.5).softmax(-1)
+    counted = torch.tensor([[i] for [i] in said]).eq(top.indices).float().mean(0)
+    assert counted.sum() == 1, "none but the likeliest three"
+    torch.testing.assert_close(counted, chances, atol=0.04, rtol=0)
+
+
+def test_rows_leave_and_others_follow(tiny_pair: TinyPair, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load_resident(tiny_pair.base, CPU, torch.float32)
+    prompts = [prompt[:length] for prompt in PROMPTS for length in range(1, len(prompt) + 1)]
+    free = decoded(model, prompts, 319, length=16)
+    stops = [free[0][3], free[1][7], free[2][1]]  # so that they end at unlike places
+    alone = [decoded(model, [prompt], stops, length=16)[0] for prompt in prompts]
+    assert len({len(answer) for answer in alone}) > 2
+    assert decoded(model, prompts, stops, length=16) == alone
+    monkeypatch.setitem(ROWS, "cpu", 3)
+    model.generation_config.eos_token_id = stops
+    seen: list[tuple[int, int]] = []
+    said = decode(
+        model, prompts, max_new_tokens=16, pad=0, eos=2,
+        on_step=lambda done, tokens: seen.append((done, tokens)),
+    )  # fmt: skip
+    assert said == alone
+    assert seen[-1] == (len(prompts), sum(map(len, alone)))
+    assert len(seen) == -(-len(prompts) // 3)

@@ -32,7 +32,7 @@ CHECK_RETRIES, CHECK_SECONDS = 2, 20.0
 NO_SUCH_ROUTE = (404, 405, 501)
 ANY_TOKEN = 1  # in every vocabulary
 NO_KEY = "EMPTY"  # servers without a key ignore it, and the client wants one
-# Greedy as `decode_greedily` is: vLLM takes what is not said here from the checkpoint's
+# Greedy as `decode` is: vLLM takes what is not said here from the checkpoint's
 # generation config. Special tokens stay in the text, for servers that give nothing else.
 GREEDY = {
     "temperature": 0.0,
