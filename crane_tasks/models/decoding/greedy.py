@@ -1,6 +1,7 @@
 """Decoding with transformers, the whole model resident: greedily, or by draws."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ ROWS = {"cpu": 32, "cuda": 256}
 # Rows leave when so large a share of those that a pass began with has ended: each leaving copies
 # the cache of those that stay.
 ENDED = 0.25
+GROUPED = "grouped_mm_of_all_rows"
 OnStep = Callable[[int, int], None]  # answers finished, tokens decoded
 
 
@@ -132,14 +134,15 @@ def _decode(
         )
         model.generation_config = settings
         done = _Ended(ends, ids.shape[1])
-        ids = model.generate(
-            ids,
-            attention_mask=mask,
-            past_key_values=cache,
-            generation_config=settings,
-            stopping_criteria=[done],
-            logits_processor=[] if drawn is None else [drawn],
-        )
+        with _experts_for(model, len(left)):
+            ids = model.generate(
+                ids,
+                attention_mask=mask,
+                past_key_values=cache,
+                generation_config=settings,
+                stopping_criteria=[done],
+                logits_processor=[] if drawn is None else [drawn],
+            )
         ended = done.rows | (ids.shape[1] >= width + max_new_tokens)
         for row, is_ended in enumerate(ended.tolist()):
             if is_ended:
@@ -153,6 +156,30 @@ def _decode(
             if drawn is not None:
                 drawn.keep(keep)
     return answers
+
+
+@contextmanager
+def _experts_for(model: Any, rows: int) -> Iterator[None]:
+    """Grouped products of experts in every step, where there are rows for most experts.
+
+    On a GPU `generate` would copy the weights of each row's own experts in every step, which only
+    few rows gain by. It knows the grouped ones by their name; under another they stay.
+    """
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
+
+    config = model.config.get_text_config()
+    chosen = getattr(config, "num_experts_per_tok", None) or 0
+    experts: int = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", 0)
+    own = config._experts_implementation
+    if model.device.type == "cpu" or own != "grouped_mm" or rows * chosen < experts:
+        yield
+        return
+    ALL_EXPERTS_FUNCTIONS.register(GROUPED, grouped_mm_experts_forward)
+    model.set_experts_implementation(GROUPED)
+    try:
+        yield
+    finally:
+        model.set_experts_implementation(own)
 
 
 class _Ended:
