@@ -28,9 +28,10 @@ from crane_tasks.rows import RowSet
 from crane_tasks.section import Endpoint
 from crane_tasks.session import Context, no_notice
 
-# Rows decoded together. Part of no key: padding on the left with a mask changes rounding
-# only, and the decoded ids are what is stored.
-DECODE_BATCH = 16
+# Rows decoded together, and kept together. Part of no key: padding on the left with a mask changes
+# rounding only, and the decoded ids are what is stored.
+DECODE_BATCH = {"cpu": 16, "cuda": 64}
+DECODED = "decoded."
 
 
 def waiting(rows: RowSet) -> list[int]:
@@ -113,18 +114,21 @@ def _decoded(work: Decoding, draft: Draft) -> Iterator[tuple[int, list[int]]]:
     rows, prompts = work.rows.rows, work.prompts
     # Longest first: out of memory shows at once, and batches hold like lengths.
     order = sorted(waiting(work.rows), key=lambda i: (-len(prompts[i]), i))
-    batches = [order[i : i + DECODE_BATCH] for i in range(0, len(order), DECODE_BATCH)]
-    missing = [b for number, b in enumerate(batches) if not draft.done(f"decoded.{number}")]
+    kept = [u["meta"] for name, u in draft.units.items() if name.startswith(DECODED)]
+    for record in kept:
+        yield from zip(record["rows"], record["targets"], strict=True)
+    known = {index for record in kept for index in record["rows"]}
+    missing, size = [i for i in order if i not in known], DECODE_BATCH[work.ctx.torch_device.type]
+    batches = [missing[i : i + size] for i in range(0, len(missing), size)]
     # Closed at an error, too: the server must not go on with what nobody waits for.
-    with closing(decoded_batches(work, missing)) as decoded:
-        for number, batch in enumerate(batches):
-            name = f"decoded.{number}"
-            if not draft.done(name):
-                record = next(decoded)
-                with draft.unit(name) as unit:
-                    unit.meta |= {"places": [rows[i].place for i in batch], **record}
-            yield from zip(batch, draft.units[name]["meta"]["targets"], strict=True)
-            work.ctx.progress(NAME, number + 1, len(batches), "batches decoded")
+    with closing(decoded_batches(work, batches)) as decoded:
+        for number, batch in enumerate(batches, start=len(kept)):
+            record = next(decoded)
+            with draft.unit(f"{DECODED}{number}") as unit:
+                unit.meta |= {"rows": batch, "places": [rows[i].place for i in batch], **record}
+            yield from zip(batch, record["targets"], strict=True)
+            known |= {*batch}
+            work.ctx.progress(NAME, len(known), len(order), "targets decoded")
 
 
 def _unended(work: Decoding, targets: list[list[int]]) -> list[str]:

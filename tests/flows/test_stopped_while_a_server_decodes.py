@@ -17,7 +17,8 @@ from crane_tasks.calibration.targets import DECODE_BATCH
 from crane_tasks.models.decoding.server import ANY_TOKEN
 
 Pairs = Callable[[str], TinyPair]
-ROWS = 2 * DECODE_BATCH + 3
+BATCH = DECODE_BATCH["cpu"]
+ROWS = 2 * BATCH + 3
 
 
 PROBE = (ANY_TOKEN,)  # with which a server is asked whether it takes such prompts
@@ -84,7 +85,7 @@ def shop(pairs: Pairs, tmp_path: Path) -> Iterator[Shop]:
 
 @pytest.mark.slow
 def test_after_a_kill_only_the_missing_batches_are_asked_for(shop: Shop, tmp_path: Path) -> None:
-    first, others = shop.prompts()[:DECODE_BATCH], shop.prompts()[DECODE_BATCH:]
+    first, others = shop.prompts()[:BATCH], shop.prompts()[BATCH:]
     shop.answer_only(first)
     ended = stopped(tmp_path, shop.command(), lambda: shop.decoded() == 1, KILL)
     assert ended.code == -signal.SIGKILL

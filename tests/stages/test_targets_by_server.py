@@ -36,7 +36,8 @@ from flows.evaluate import evaluate
 from flows.plan import make_plan
 
 Pairs = Callable[[str], TinyPair]
-ROWS = DECODE_BATCH + 4
+BATCH = DECODE_BATCH["cpu"]
+ROWS = BATCH + 4
 TOKENS = 12
 SHORT = f"calibration.reasoning.max_new_tokens={TOKENS}"
 SHORTER = (SHORT, "evaluate.max_new_tokens=6")
@@ -251,7 +252,7 @@ def test_what_a_failing_server_gave_is_kept_when_it_moves(
         room.targets(served.assignment())
     with running(Served(*donor)) as other:
         assert same(room.targets(other.assignment()), local)
-        assert len(other.requests) == ROWS - DECODE_BATCH
+        assert len(other.requests) == ROWS - BATCH
 
 
 def nobody() -> str:

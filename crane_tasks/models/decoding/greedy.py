@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 # More rows make a step of a mixture of experts hardly longer on a GPU; on a CPU they cost.
 ROWS = {"cpu": 32, "cuda": 256}
-# Rows leave when so large a share of those that a pass began with has ended: each leaving copies
-# the cache of those that stay.
-ENDED = 0.25
+# Rows leave when so large a share of those that a pass began with has ended, and more than a few
+# are left: each leaving copies the cache, and a GPU loads kernels for each number of rows.
+ENDED, FEW = 0.5, 8
 GROUPED = "grouped_mm_of_all_rows"
 OnStep = Callable[[int, int], None]  # answers finished, tokens decoded
 
@@ -85,9 +85,9 @@ def decode(
         rows = min(rows, _rows_that_fit(model, width + max_new_tokens))
         batch = waiting[:rows]
         try:
-            found = _decode(
-                model, [prompts[i] for i in batch], batch, max_new_tokens, sorted(stops), pad, draws
-            )
+            own = [prompts[i] for i in batch]
+            with _grouped_experts(model):
+                found = _decode(model, own, batch, max_new_tokens, sorted(stops), pad, draws)
         except torch.cuda.OutOfMemoryError:
             if rows == 1:
                 raise
@@ -134,15 +134,14 @@ def _decode(
         )
         model.generation_config = settings
         done = _Ended(ends, ids.shape[1])
-        with _experts_for(model, len(left)):
-            ids = model.generate(
-                ids,
-                attention_mask=mask,
-                past_key_values=cache,
-                generation_config=settings,
-                stopping_criteria=[done],
-                logits_processor=[] if drawn is None else [drawn],
-            )
+        ids = model.generate(
+            ids,
+            attention_mask=mask,
+            past_key_values=cache,
+            generation_config=settings,
+            stopping_criteria=[done],
+            logits_processor=[] if drawn is None else [drawn],
+        )
         ended = done.rows | (ids.shape[1] >= width + max_new_tokens)
         for row, is_ended in enumerate(ended.tolist()):
             if is_ended:
@@ -159,19 +158,17 @@ def _decode(
 
 
 @contextmanager
-def _experts_for(model: Any, rows: int) -> Iterator[None]:
-    """Grouped products of experts in every step, where there are rows for most experts.
+def _grouped_experts(model: Any) -> Iterator[None]:
+    """Grouped products of experts in every step.
 
-    On a GPU `generate` would copy the weights of each row's own experts in every step, which only
-    few rows gain by. It knows the grouped ones by their name; under another they stay.
+    On a GPU `generate` would copy the weights of each row's own experts in every step, and take
+    longer the more rows there are. It knows the grouped ones by their name; under another they
+    stay.
     """
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
-    config = model.config.get_text_config()
-    chosen = getattr(config, "num_experts_per_tok", None) or 0
-    experts: int = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", 0)
-    own = config._experts_implementation
-    if model.device.type == "cpu" or own != "grouped_mm" or rows * chosen < experts:
+    own = model.config.get_text_config()._experts_implementation
+    if model.device.type == "cpu" or own != "grouped_mm":
         yield
         return
     ALL_EXPERTS_FUNCTIONS.register(GROUPED, grouped_mm_experts_forward)
@@ -196,7 +193,8 @@ class _Ended:
     def __call__(self, ids: Tensor, _scores: Any, **_kwargs: Any) -> Tensor:
         ending = torch.isin(ids[:, -1], self._ends)
         self.rows = ending if not self.rows.numel() else self.rows | ending
-        return (self.rows.float().mean() >= ENDED).expand(ids.shape[0])
+        share = ENDED if self.rows.numel() > FEW else 1.0
+        return (self.rows.float().mean() >= share).expand(ids.shape[0])
 
 
 class _Drawn:
