@@ -125,7 +125,9 @@ class Served:
         return reply or Reply(200, self._decoded(request.body))
 
     def _decoded(self, body: dict[str, Any]) -> dict[str, Any]:
-        prompt = torch.tensor([body["prompt"]])
+        prompt = torch.tensor(body["prompt"]).view(1, -1)  # alone, or a list of one
+        if body.get("echo"):
+            return self._echoed(prompt)
         end = self.tokenizer.eos_token_id
         with self.lock, torch.inference_mode():
             out = self.model.generate(
@@ -135,9 +137,23 @@ class Served:
         ids: list[int] = out[0, prompt.shape[1] :].tolist()
         stopped = ids[-1] == end
         said = ids[:-1] if stopped else ids
-        text = self.tokenizer.decode(said, skip_special_tokens=body["skip_special_tokens"])
+        text = self.tokenizer.decode(
+            said, skip_special_tokens=body.get("skip_special_tokens", True)
+        )
         given = {"whole": ids, "cut": said, "none": None}[self.ids]
         return completion(text, given, "stop" if stopped else "length")
+
+    def _echoed(self, prompt: torch.Tensor) -> dict[str, Any]:
+        """The prompt's own tokens with their log-probabilities, and one more."""
+        with self.lock, torch.inference_mode():
+            logits = self.model(input_ids=prompt, use_cache=False).logits[0]
+        chances = logits.log_softmax(-1)
+        ids = [*prompt[0].tolist(), int(chances[-1].argmax())]
+        own = [None, *(float(chances[i, token]) for i, token in enumerate(ids[1:]))]
+        best = [None, *({"best": float(row.max())} for row in chances)]
+        reply = completion(self.tokenizer.decode(ids), None, "length")
+        reply["choices"][0]["logprobs"] = {"token_logprobs": own, "top_logprobs": best}
+        return reply
 
 
 def _handler(served: Served) -> type[BaseHTTPRequestHandler]:

@@ -44,17 +44,17 @@ UNIT = "results"
 # What is kept of what the harness gives; its `results.json` has these among others.
 KEPT = ("results", "versions", "n-shot", "n-samples", "higher_is_better")
 BATCH = 16
+LONGEST = 2048  # tokens, where a config does not say: the harness's own
 Results = dict[str, Any]
 
 
 def _config(ctx: Context) -> Mapping[str, Any]:
     suites, engine = ctx.recipe.evaluate.suites, ctx.recipe.evaluate.engine
-    commands = _of(suites, Command)
     return {
         "compute": ctx.compute,
         "harness": _version() if _of(suites, Suite) else None,
         "suites": [_identity(ctx, suite) for suite in suites],
-    } | ({"engine": engine.model_dump()} if commands and engine else {})
+    } | ({"engine": engine.model_dump()} if engine else {})
 
 
 T = TypeVar("T")
@@ -107,7 +107,7 @@ def suite_results(ctx: Context, keys: Keys, model: Model) -> Results:
         with model.proven(DigestMemo(ctx.store.root)), draft.unit(UNIT) as unit:
             found: Results = {name: {} for name in KEPT}
             if tasks := _of(ctx.recipe.evaluate.suites, Suite):
-                _add_tasks(ctx, model, tasks, found)
+                _add_tasks(ctx, model, tasks, found, draft.scratch)
             if commands := _of(ctx.recipe.evaluate.suites, Command):
                 found["results"] |= _by_command(ctx, model, commands, draft.scratch)
             unit.meta |= _plain(found)
@@ -175,15 +175,13 @@ def _run(one: Command, server: Endpoint, checkpoint: Path, scratch: Path) -> flo
         ) from error
 
 
-def _add_tasks(ctx: Context, model: Model, suites: Sequence[Suite], found: Results) -> None:
+def _add_tasks(
+    ctx: Context, model: Model, suites: Sequence[Suite], found: Results, scratch: Path
+) -> None:
     import lm_eval
-    from lm_eval.models.huggingface import HFLM
 
-    tokenizer = copy.deepcopy(load_tokenizer(ctx.base))  # the harness changes its pad token
-    with model.stream(ctx, resident=True) as stream, stream.whole() as whole, _tied(whole):
-        wrapped = HFLM(
-            pretrained=whole, tokenizer=tokenizer, batch_size=BATCH, think_end_token=CLOSING
-        )
+    templated = load_tokenizer(ctx.base).chat_template is not None
+    with _as_harness_model(ctx, model, scratch) as wrapped:
         for number, suite in enumerate(suites):
             ctx.progress("evaluate", number, len(suites), suite.lm_eval)
             result = lm_eval.simple_evaluate(
@@ -191,13 +189,40 @@ def _add_tasks(ctx: Context, model: Model, suites: Sequence[Suite], found: Resul
                 tasks=[_task(ctx, suite)],
                 num_fewshot=suite.num_fewshot,
                 limit=suite.limit,
-                apply_chat_template=suite.chat and tokenizer.chat_template is not None,
+                apply_chat_template=suite.chat and templated,
                 gen_kwargs={"max_gen_toks": suite.max_gen_toks} if suite.max_gen_toks else None,
                 log_samples=False,
                 task_manager=_manager(ctx, suite),
             )
             for name in KEPT:
                 found[name] |= dict(result[name])
+
+
+@contextmanager
+def _as_harness_model(ctx: Context, model: Model, scratch: Path) -> Iterator[Any]:
+    """The model as the harness takes it: served by the recipe's engine, or in memory.
+
+    A point of a sweep has no checkpoint to be served.
+    """
+    engine = ctx.recipe.evaluate.engine
+    if engine is not None and model.edit is None:
+        from aiohttp import ClientError
+
+        from crane_tasks.evaluate.harness_client import harness_client
+
+        give_back_gpu_memory()
+        with serving(engine.serve, model.folder, scratch / "engine.log") as server:
+            longest = ctx.pair().base.config.get("max_position_embeddings", LONGEST)
+            try:
+                yield harness_client(server, ctx.base, longest)
+            except ClientError as error:
+                raise EndpointError(f"evaluate.suites: {server.endpoint}: {error}") from error
+        return
+    from lm_eval.models.huggingface import HFLM
+
+    tokenizer = copy.deepcopy(load_tokenizer(ctx.base))  # the harness changes its pad token
+    with model.stream(ctx, resident=True) as stream, stream.whole() as whole, _tied(whole):
+        yield HFLM(pretrained=whole, tokenizer=tokenizer, batch_size=BATCH, think_end_token=CLOSING)
 
 
 @contextmanager
@@ -223,6 +248,7 @@ def _plain(value: Any) -> Any:
 
 def _version() -> str:
     try:
+        metadata.version("tenacity")  # which its client of a server needs
         return metadata.version("lm_eval")
     except metadata.PackageNotFoundError:
         raise RecipeError(

@@ -21,6 +21,7 @@ from flows.evaluate import evaluate
 from flows.merge import merge
 from flows.sweep import sweep
 
+SERVER = Path(__file__).parents[1] / "serve_checkpoint.py"
 TINY = Path(__file__).parents[2] / "flows" / "recipes" / "tiny"
 Pairs = Callable[[str], TinyPair]
 ROWS, ALPHA = 24, 0.65
@@ -130,6 +131,16 @@ def test_in_memory_on_disk_and_by_its_own_command_the_numbers_are_the_same(
 
     written = evaluate(replace(session, store=Store(tmp_path / "other")), tmp_path / "out")
     assert numbers(written["suites"]["checkpoint"]["results"]) == told["merged"]
+
+    serve = f"{sys.executable} {SERVER} {{checkpoint}} {{port}}"
+    engine = f"evaluate.engine={json.dumps({'serve': serve})}"
+    recipe = load_recipe(
+        TINY.with_suffix(".yaml"),
+        assignments=[*settings(tasks), engine, f"run.output={tmp_path / 'out'}"],
+    )
+    served = evaluate(Session(recipe, Store(tmp_path / "other")), tmp_path / "out")
+    for side, name in (("checkpoint", "merged"), ("base", "base"), ("donor", "donor")):
+        assert numbers(served["suites"][side]["results"]) == told[name], "over a server"
 
 
 @pytest.mark.parametrize(
