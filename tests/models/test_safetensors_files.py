@@ -190,6 +190,8 @@ def with_header(file: Path, header: Any, data: bytes = b"", length: int | None =
 
 
 GOOD = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+SECOND = {"dtype": "F32", "shape": [2], "data_offsets": [8, 16]}
+TWICE = f'{{"x": {json.dumps(GOOD)}, "x": {json.dumps(GOOD)}}}'.encode()
 
 
 def broken(**changes: Any) -> dict[str, Any]:
@@ -222,6 +224,17 @@ def test_the_unbroken_form_of_these_headers_is_read(tmp_path: Path) -> None:
         (broken(data_offsets=[0]), bytes(8), None, r"malformed header entry for x"),
         ({"x": {"dtype": "F32"}}, bytes(8), None, r"malformed header entry for x"),
         ({"x": 3}, bytes(8), None, r"malformed header entry for x"),
+        (broken(dtype=["F32"]), bytes(8), None, r"x has dtype \['F32'\]"),
+        (broken(data_offsets=[False, 8]), bytes(8), None, r"malformed header entry for x"),
+        ({"x": GOOD, "y": GOOD}, bytes(8), None, r"y shares bytes with x"),
+        ({"x": GOOD, "y": SECOND | {"data_offsets": [4, 12]}}, bytes(16), None, r"y shares bytes"),
+        ({"x": GOOD, "y": SECOND | {"data_offsets": [9, 17]}}, bytes(17), None, r"y leaves a gap"),
+        ({"x": SECOND}, bytes(16), None, r"x leaves a gap behind the header"),
+        ({"x": GOOD}, bytes(9), None, r"1 bytes lie behind the last tensor, x"),
+        ({"x": GOOD, "__metadata__": {"format": 5}}, bytes(8), None, r"`__metadata__` in its"),
+        ({"x": GOOD, "__metadata__": ["pt"]}, bytes(8), None, r"`__metadata__` in its header"),
+        (TWICE, bytes(8), None, r"'x' is there twice"),
+        (b"[" * 100_000, bytes(8), None, r"nested too deep"),
     ],
 )
 def test_a_broken_file_is_refused_by_name(
@@ -265,3 +278,29 @@ def test_a_file_of_every_length_short_of_the_whole_is_refused(
         with pytest.raises(CheckpointError, match="truncated"):
             read_header(file)
     assert load_tensors(moe_pair.base)
+
+
+NUMBER = st.integers(-1, 24)
+SPEC = st.fixed_dictionaries(
+    {
+        "dtype": st.sampled_from(["F32", "BF16", "U8", "F5", None, []]),
+        "shape": st.lists(NUMBER, max_size=2),
+        "data_offsets": st.lists(NUMBER, min_size=2, max_size=2),
+    }
+)
+HEADER = st.dictionaries(st.sampled_from(["a", "b", "__metadata__"]), SPEC, max_size=3)
+
+
+@settings(max_examples=300, deadline=None)
+@given(header=HEADER, size=st.integers(0, 24))
+def test_what_the_library_refuses_is_refused_and_nothing_but_an_error_of_ours(
+    header: Any, size: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    file = with_header(tmp_path_factory.mktemp("fuzz") / "x.safetensors", header, bytes(size))
+    try:
+        read_header(file)
+    except CheckpointError:
+        return
+    with safe_open(file, framework="pt") as opened:
+        for name in opened.keys():  # noqa: SIM118 - it is no mapping
+            opened.get_tensor(name)

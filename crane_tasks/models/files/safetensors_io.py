@@ -100,7 +100,7 @@ def read_header(file: Path) -> tuple[list[Entry], dict[str, str]]:
     """The tensors of a file in the order of their bytes, and the header's metadata.
 
     Raises:
-        CheckpointError: no such file, or its header and size do not fit each other.
+        CheckpointError: no such file, or its header is none that the format allows.
     """
     try:
         size = file.stat().st_size
@@ -112,26 +112,68 @@ def read_header(file: Path) -> tuple[list[Entry], dict[str, str]]:
                     f"{file}: truncated or not safetensors: its header should be {length} "
                     f"bytes long, the file has {size}. Download it again."
                 )
-            header: Any = json.loads(stream.read(length))
+            header: Any = json.loads(stream.read(length), object_pairs_hook=_once)
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from error
+    except RecursionError as error:
+        raise CheckpointError(f"{file}: its safetensors header is nested too deep") from error
     except ValueError as error:
         raise CheckpointError(f"{file}: its safetensors header is not JSON: {error}") from error
     if not isinstance(header, dict):
         raise CheckpointError(f"{file}: its safetensors header is no JSON object")
     metadata = header.pop("__metadata__", {})
+    texts = isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())
+    if not texts:
+        raise CheckpointError(f"{file}: `__metadata__` in its header does not map texts to texts")
     entries = [_entry(file, name, spec, 8 + length, size) for name, spec in header.items()]
-    return sorted(entries, key=lambda e: (e.start, e.name)), metadata
+    entries.sort(key=lambda e: (e.start, e.end, e.name))
+    _require_packed(file, entries, 8 + length, size)
+    return entries, metadata
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose names are there once each.
+
+    Raises:
+        ValueError: one is there twice.
+    """
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{max(names, key=names.count)!r} is there twice")
+    return found
+
+
+def _require_packed(file: Path, entries: list[Entry], begin: int, size: int) -> None:
+    """The tensors fill the file, one behind the other: the format allows nothing else, and the
+    safetensors library opens nothing else.
+
+    Raises:
+        CheckpointError: two share bytes, or there are bytes of none.
+    """
+    at, before = begin, "the header"
+    for entry in entries:
+        if entry.start != at:
+            what = "shares bytes with" if entry.start < at else "leaves a gap behind"
+            raise CheckpointError(
+                f"{file}: {entry.name} {what} {before}: its header lies about where tensors are. "
+                "Download it again."
+            )
+        at, before = entry.end, entry.name
+    if at != size:
+        raise CheckpointError(
+            f"{file}: {size - at} bytes lie behind the last tensor, {before}. Download it again."
+        )
 
 
 def _entry(file: Path, name: str, spec: Any, origin: int, size: int) -> Entry:
     try:
         dtype, shape, (start, end) = spec["dtype"], tuple(spec["shape"]), spec["data_offsets"]
-        if not all(isinstance(n, int) and n >= 0 for n in (*shape, start, end)):
+        if not all(type(n) is int and n >= 0 for n in (*shape, start, end)):
             raise ValueError("negative or no integers")
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{file}: malformed header entry for {name}") from error
-    if dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise CheckpointError(
             f"{file}: {name} has dtype {dtype}, which cannot be merged "
             f"(known: {', '.join(DTYPES)}). Dequantise the checkpoint first."
