@@ -19,7 +19,6 @@ class Artifact:
 
     path: Path
     manifest: dict[str, Any]
-    _root: Any = field(default=None, repr=False)
     _checked: set[str] = field(default_factory=set, repr=False)
     _opened: dict[str, Any] = field(default_factory=dict, repr=False)
 
@@ -99,9 +98,8 @@ class Artifact:
         if metadata_digest(folder) != record["metadata"]:
             raise DamagedArtifact(folder, "its metadata is not what was written")
         try:
-            if self._root is None:
-                self._root = zarr.open_group(self.path / DATA, mode="r")
-            self._opened[path] = self._root[path]
-        except (KeyError, ValueError, FileNotFoundError) as error:
+            # Not by the groups above it, whose metadata says nothing that is not in the manifest.
+            self._opened[path] = zarr.open_array(folder, mode="r")
+        except Exception as error:  # whatever Zarr makes of it, it is not what was written
             raise DamagedArtifact(folder, "its metadata is unreadable") from error
         return self._opened[path]

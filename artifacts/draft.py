@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,8 +13,17 @@ import zarr
 from torch import Tensor
 
 from artifacts.errors import StoreError
+from artifacts.ref import digest_of
 from artifacts.schema import Schema
-from artifacts.tensors import ArrayWriter, create_array, metadata_digest, record_chunks
+from artifacts.tensors import (
+    METADATA,
+    ArrayWriter,
+    create_array,
+    is_plain_group,
+    make_durable,
+    metadata_digest,
+    record_chunks,
+)
 
 DATA = "data.zarr"
 SCRATCH = "scratch"
@@ -48,7 +58,8 @@ class Unit:
         self.name = name
         self.meta: dict[str, Any] = {}
         self._folder = draft / DATA / name
-        self._group = zarr.open_group(draft / DATA, mode="a").require_group(name)
+        shutil.rmtree(self._folder, ignore_errors=True)  # what an unfinished attempt has left
+        self._group = zarr.open_group(self._folder, mode="w")
         self._arrays: dict[str, str] = {}
 
     def create(
@@ -94,7 +105,7 @@ class Unit:
         """
         if problems := schema.problems(self.name, list(self._arrays.items()), self.meta):
             raise StoreError(f"{self._folder}: {'; '.join(problems)}")
-        return {
+        record = {
             "unit": self.name,
             "arrays": {
                 name: {
@@ -106,6 +117,9 @@ class Unit:
             },
             "meta": self.meta,
         }
+        make_durable(self._folder)
+        sync_folder(self._folder.parent)
+        return record
 
 
 def write_unit(
@@ -132,8 +146,12 @@ class Draft:
         self.meta: dict[str, Any] = {}
         self.schema = schema
         path.mkdir(parents=True, exist_ok=True)
-        zarr.open_group(path / DATA, mode="a")
+        if not is_plain_group(path / DATA):
+            (path / DATA / METADATA).unlink(missing_ok=True)  # units are not in it
+            zarr.open_group(path / DATA, mode="a")
+            make_durable(path / DATA)
         self._log = path / "units.jsonl"
+        self._chain = ""
         self.units: dict[str, dict[str, Any]] = {}
         self._read_log()
         self.kept = len(self.units)
@@ -144,15 +162,27 @@ class Draft:
         whole = 0
         with self._log.open("rb") as stream:
             for line in stream:
-                if not line.endswith(b"\n"):
-                    break  # torn by a kill: that unit does not exist
-                record = json.loads(line)
+                if (record := self._read_line(line)) is None:
+                    break  # torn by a kill, or not what was written: from here on nothing is done
                 if record.get("void"):
                     self.units.pop(record["unit"], None)
                 else:
                     self.units[record["unit"]] = record
                 whole += len(line)
         os.truncate(self._log, whole)
+
+    def _read_line(self, line: bytes) -> dict[str, Any] | None:
+        """The record of a line that is whole and follows the one before it, or None."""
+        try:
+            written = json.loads(line)
+            record, chain = written["record"], written["chain"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            return None
+        if not line.endswith(b"\n") or chain != digest_of([self._chain, record]):
+            return None
+        self._chain = chain
+        found: dict[str, Any] = record
+        return found
 
     def done(self, unit: str) -> bool:
         """Whether the unit was finished, now or by an earlier attempt."""
@@ -192,7 +222,10 @@ class Draft:
         self.units[record["unit"]] = record
 
     def _append(self, record: dict[str, Any]) -> None:
+        # Each line vouches for itself and for all before it: none can be changed, lost or moved.
+        record = json.loads(json.dumps(record))
+        self._chain = digest_of([self._chain, record])
         with self._log.open("a") as stream:
-            stream.write(json.dumps(record) + "\n")
+            stream.write(json.dumps({"record": record, "chain": self._chain}) + "\n")
             stream.flush()
             os.fsync(stream.fileno())

@@ -4,9 +4,17 @@ import errno
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from blake3 import blake3
 
+from artifacts.ref import digest_of
+
+DIGITS, HEX = 64, set("0123456789abcdef")
+DIGITS_OF_CHECK = 16
+SHA256 = "sha256:"  # before digests that a hub cache has taken
+_Taken = tuple[str, tuple[int, ...], str]  # path, stat, digest
+_taken: set[_Taken] = set()
 READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
@@ -18,18 +26,23 @@ class DigestMemo:
         self._known: dict[str, tuple[int, int, str]] = {}
         self._torn = False
         self.hashed_bytes = 0
-        if self._file.exists():
-            text = self._file.read_text()
-            self._torn = not text.endswith("\n")
-            for line in text.splitlines():
-                self._remember_line(line)
+        try:
+            lines = self._file.read_bytes().split(b"\n")
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        self._torn = bool(lines[-1])
+        for line in lines:
+            self._remember_line(line)
 
-    def _remember_line(self, line: str) -> None:
+    def _remember_line(self, line: bytes) -> None:
         try:
             record = json.loads(line)
-            self._known[record["path"]] = (record["size"], record["mtime_ns"], record["digest"])
-        except (ValueError, KeyError, TypeError):
-            return  # torn by a kill: that file is hashed again
+            check = record.pop("check")
+            if check == digest_of(record)[:DIGITS_OF_CHECK]:
+                known = record["size"], record["mtime_ns"], record["digest"]
+                self._known[record["path"]] = known
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            return  # torn by a kill, or rotten: that file is hashed again
 
     def known(self, file: Path) -> str | None:
         """The remembered digest of an unchanged file, or None."""
@@ -47,25 +60,37 @@ class DigestMemo:
             return known
         while True:
             stat = file.stat()
-            hasher = blake3(max_threads=blake3.AUTO)
-            hasher.update_mmap(file)
+            digest = content_digest(file)
             # Replaced meanwhile: the digest is of the one, the stat of the other.
             if signature(file.stat()) == signature(stat):
                 break
-        digest = hasher.hexdigest()
         self.hashed_bytes += stat.st_size
+        _taken.add((str(file), signature(stat), digest))
         self.remember(file, stat, digest)
         return digest
+
+    @property
+    def taken(self) -> set[_Taken]:
+        """The files that this process has hashed itself."""
+        return _taken
+
+    def forget(self, file: Path) -> None:
+        """Have a file hashed again when it is asked for next."""
+        self._known.pop(str(file), None)
+        self._append({"path": str(file), "size": -1, "mtime_ns": -1, "digest": ""})
 
     def remember(self, file: Path, stat: os.stat_result, digest: str) -> None:
         """Note a digest computed elsewhere, e.g. while the file was written."""
         self._known[str(file)] = (stat.st_size, stat.st_mtime_ns, digest)
-        record = {
+        self._append({
             "path": str(file),
             "size": stat.st_size,
             "mtime_ns": stat.st_mtime_ns,
             "digest": digest,
-        }
+        })  # fmt: skip
+
+    def _append(self, record: dict[str, Any]) -> None:
+        record["check"] = digest_of(record)[:DIGITS_OF_CHECK]
         try:
             self._file.parent.mkdir(parents=True, exist_ok=True)
             with self._file.open("a") as stream:
@@ -77,6 +102,14 @@ class DigestMemo:
         self._torn = False
 
 
+def content_digest(file: Path) -> str:
+    """blake3 of a file's content, read anew."""
+    hasher = blake3(max_threads=blake3.AUTO)
+    if file.stat().st_size:
+        hasher.update_mmap(file)
+    return hasher.hexdigest()
+
+
 def signature(stat: os.stat_result) -> tuple[int, ...]:
     """What changes when a file is replaced or written to."""
     return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
@@ -86,6 +119,6 @@ def hub_digest(file: Path) -> str | None:
     """The sha256 that a hub cache names a large file's blob by, or None outside a cache."""
     target = file.resolve()
     name = target.name
-    if target.parent.name == "blobs" and len(name) == 64 and set(name) <= set("0123456789abcdef"):
-        return f"sha256:{name}"
+    if target.parent.name == "blobs" and len(name) == DIGITS and set(name) <= HEX:
+        return f"{SHA256}{name}"
     return None

@@ -26,6 +26,7 @@ from artifacts.draft import DATA, OUTSIDE, SCRATCH, Draft, Unit, sync_folder, wr
 from artifacts.errors import DamagedArtifact, StoreError, UnusableStore
 from artifacts.ref import Ref, digest_of
 from artifacts.schema import Schema
+from artifacts.tensors import is_plain_group
 
 __all__ = [
     "DATA",
@@ -41,6 +42,8 @@ __all__ = [
 ]
 FORMAT = 1
 MANIFEST = "manifest.json"
+# What reading JSON that is none, or none of ours, ends with.
+DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 
 
 @dataclass(frozen=True)
@@ -122,12 +125,15 @@ class Store:
         try:
             manifest = json.loads((path / MANIFEST).read_text())
             written = manifest.pop("digest")
-        except FileNotFoundError:
+            named = manifest["stage"], manifest["key"]
+        except (FileNotFoundError, NotADirectoryError):
             raise StoreError(f"{path}: no such artifact") from None
-        except (ValueError, KeyError, TypeError) as error:
+        except DAMAGED as error:
             raise DamagedArtifact(path, "its manifest is unreadable") from error
         if digest_of(manifest) != written:
             raise DamagedArtifact(path, "its manifest is not what was written")
+        if named != (path.parent.name, path.name):
+            raise DamagedArtifact(path, f"its manifest is that of {'/'.join(map(str, named))}")
         return Artifact(path, manifest)
 
     @contextmanager
@@ -252,9 +258,14 @@ class Store:
         except (DamagedArtifact, StoreError) as error:
             return [str(error)]
         for unit in artifact.units():
+            for group in (path / DATA, path / DATA / unit):
+                if not is_plain_group(group):
+                    problems.append(
+                        f"damaged artifact {group}: its metadata is not that of a group"
+                    )
             for name in artifact.arrays(unit):
                 try:
                     artifact.read(unit, name)
                 except DamagedArtifact as error:
                     problems.append(str(error))
-        return problems
+        return list(dict.fromkeys(problems))

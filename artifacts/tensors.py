@@ -5,6 +5,7 @@ in an attribute. It fills a missing chunk with the fill value and cannot tell a 
 file, so every chunk's size and checksum are recorded, and compared before it is decoded.
 """
 
+import json
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +25,7 @@ from artifacts.errors import DamagedArtifact
 
 CHUNK_BYTES = 128 * 2**20
 FLUSHED_AT_ONCE = 8  # files: each waits for the disk
+METADATA = "zarr.json"
 CRC_BYTES = 4  # the crc32c codec appends the checksum to the chunk
 
 _AS_BITS = {torch.bfloat16: torch.uint16, torch.float16: torch.uint16}
@@ -153,11 +155,24 @@ def chunk_files(folder: Path) -> list[Path]:
 
 
 def metadata_digest(folder: Path) -> str:
-    """blake3 of an array's zarr.json: its shape, dtype and attributes; "" if it is missing."""
+    """blake3 of an array's zarr.json: its shape, dtype and attributes; "" if there is no such
+    file."""
     try:
-        return blake3((folder / "zarr.json").read_bytes()).hexdigest()
-    except FileNotFoundError:
+        return blake3((folder / METADATA).read_bytes()).hexdigest()
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return ""
+
+
+def is_plain_group(folder: Path) -> bool:
+    """Whether a folder's metadata is that of a group as a draft makes it."""
+    try:
+        found: Any = json.loads((folder / METADATA).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    if not isinstance(found, dict):
+        return False
+    said = {"attributes": {}} | {k: v for k, v in found.items() if v is not None}
+    return said == {"zarr_format": 3, "node_type": "group", "attributes": {}}
 
 
 def _trailing_crc(file: Path) -> str:
@@ -167,7 +182,7 @@ def _trailing_crc(file: Path) -> str:
 
 
 def record_chunks(folder: Path) -> ChunkRecord:
-    """Size and checksum of each chunk just written, flushed to the disk."""
+    """Size and checksum of each chunk just written; chunks and metadata are then on the disk."""
 
     def flushed(file: Path) -> tuple[int, str]:
         with file.open("rb+") as stream:
@@ -177,7 +192,19 @@ def record_chunks(folder: Path) -> ChunkRecord:
     files = chunk_files(folder)
     with ThreadPoolExecutor(FLUSHED_AT_ONCE) as pool:
         found = pool.map(flushed, files)
-        return {f.relative_to(folder).as_posix(): r for f, r in zip(files, found, strict=True)}
+        record = {f.relative_to(folder).as_posix(): r for f, r in zip(files, found, strict=True)}
+    make_durable(folder)
+    return record
+
+
+def make_durable(folder: Path) -> None:
+    """Bring an array's or a group's metadata to the disk, and the folder's own names."""
+    for place in (folder / METADATA, folder):
+        handle = os.open(place, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def check_chunks(folder: Path, record: ChunkRecord) -> None:
@@ -190,10 +217,9 @@ def check_chunks(folder: Path, record: ChunkRecord) -> None:
     """
     for relative, (size, crc) in record.items():
         file = folder / relative
-        try:
-            nbytes = file.stat().st_size
-        except FileNotFoundError:
-            raise DamagedArtifact(file, "the chunk is missing") from None
+        if not file.is_file():
+            raise DamagedArtifact(file, "the chunk is missing")
+        nbytes = file.stat().st_size
         if nbytes != size:
             raise DamagedArtifact(file, f"{nbytes} bytes where {size} were written")
         if _trailing_crc(file) != crc:
@@ -209,7 +235,7 @@ def read_array(array: "zarr.Array[Any]", folder: Path, index: Any) -> Tensor:
     try:
         # Not ascontiguousarray, which gives a scalar an axis.
         data = np.asarray(array[index], order="C")
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         raise DamagedArtifact(folder, str(error)) from error
     if not data.flags.writeable:
         data = data.copy()
@@ -253,7 +279,7 @@ class Chunk:
                         raise DamagedArtifact(self.file, "cut while it was read")
                     done += got
                 os.preadv(stream.fileno(), [tail], self.nbytes)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             raise DamagedArtifact(self.file, "the chunk is missing") from None
         # It takes no memoryview, but an array over one.
         content: Any = np.frombuffer(out, dtype=np.uint8)
