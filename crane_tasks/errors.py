@@ -20,6 +20,10 @@ class CheckpointError(BadInput):
     """A checkpoint is missing, damaged, or does not fit its partner or the method."""
 
 
+class ChangedWeights(CheckpointError):
+    """A weight file does not hold what its digest was taken from."""
+
+
 class DataError(BadInput):
     """A calibration or evaluation data file is missing, broken or empty."""
 

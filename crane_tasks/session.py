@@ -1,14 +1,18 @@
 """What a person asked for, and the pair that it comes to: made once, passed to every stage."""
 
+import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
 
 from artifacts.memo import DigestMemo
+from artifacts.ref import digest_of
 from artifacts.store import Store
 from crane_tasks.calls import SYNTAXES, Syntax
 from crane_tasks.devices import prepare
@@ -37,6 +41,7 @@ from crane_tasks.rows import check_sources, load_rows
 from crane_tasks.section import Data
 
 Result = TypeVar("Result")
+CHECKED = "checked"  # folder of the store: a mark for each pair that was checked
 
 
 class Progress(Protocol):
@@ -273,7 +278,8 @@ def open_context(session: Session, *, whole: bool = True) -> Context:
     base, donor = pair_folders(recipe, session.kept, session.notice, whole=whole)
     pair = Pair.open(base, donor)
     memo = DigestMemo(store.root)
-    if not all(memo.known(file) for side in (pair.base, pair.donor) for file in side.files):
+    known = all(memo.known(file) for side in (pair.base, pair.donor) for file in side.files)
+    if not known:
         check_pair(pair, recipe.pair.allow)
     progress("identify", 0, 2, "checkpoints")
     base_id = checkpoint_identity(base, memo)
@@ -282,6 +288,13 @@ def open_context(session: Session, *, whole: bool = True) -> Context:
     progress("identify", 2, 2, "checkpoints")
     if base_id == donor_id:
         refuse_equal(base, donor)
+    # What was found right once is right for the same content, and the same checks.
+    tokenizers = [tokenizer_identity(side, memo) for side in (base, donor)]
+    claim = digest_of([base_id, donor_id, tokenizers, list(recipe.pair.allow), _checker()])
+    checked = store.root / CHECKED / claim
+    if known and not checked.exists():
+        check_pair(pair, recipe.pair.allow)
+    _remember(checked)
     compute = recipe.gate.compute
     if compute == "auto":
         compute = "float32" if devices == ("cpu",) else "bfloat16"
@@ -298,6 +311,22 @@ def open_context(session: Session, *, whole: bool = True) -> Context:
         devices=devices,
         compute=compute,
     )
+
+
+def _checker() -> list[str]:
+    """The versions of what checks a pair."""
+    try:
+        return [metadata.version(name) for name in ("crane-merge", "transformers")]
+    except metadata.PackageNotFoundError:
+        return [str(time.time_ns())]  # nothing is known of it: check each time
+
+
+def _remember(mark: Path) -> None:
+    """Note that a pair was checked, in a store that is there and may be written to."""
+    with suppress(OSError):
+        if mark.parent.parent.is_dir():
+            mark.parent.mkdir(exist_ok=True)
+            mark.touch()
 
 
 def _surroundings(recipe: Recipe) -> list[Any]:

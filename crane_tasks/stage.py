@@ -9,6 +9,7 @@ from artifacts.ref import Ref
 from artifacts.schema import Schema
 from artifacts.store import Built, Draft
 from crane_tasks.errors import CraneError
+from crane_tasks.proof import BASE_SIDE, DONOR_SIDE, proven_weights
 from crane_tasks.recipe import Recipe, field_of
 from crane_tasks.session import Context
 
@@ -202,12 +203,22 @@ class Stage:
         built = ctx.store.build(
             keys[self],
             schema,
-            partial(self.write, ctx, keys),
+            partial(self._write_proven, ctx, keys),
             complete=partial(self.complete, ctx, keys),
             waiting=ctx.notice,
         )
         resumed = begun and built.status == "computed"
         return replace(built, status="resumed") if resumed else built
+
+    def _write_proven(self, ctx: Context, keys: Keys, draft: Draft) -> None:
+        """Write, and prove meanwhile that the weights read are those of the key."""
+        assert self.write is not None
+        read = [s for s in self.inputs.values() if isinstance(s, Source)]
+        sides = [
+            side for source, side in ((BASE, BASE_SIDE), (DONOR, DONOR_SIDE)) if source in read
+        ]
+        with proven_weights(ctx, sides):
+            self.write(ctx, keys, draft)
 
 
 def together(ref: Ref, parts: list[Built]) -> Built:
