@@ -21,6 +21,7 @@ from flows.command import (
     OutputOption,
     PrefectOption,
     RecipeArgument,
+    RehashOption,
     ReportOption,
     RequireOption,
     SeedOption,
@@ -28,6 +29,7 @@ from flows.command import (
     StoreOption,
     TauOption,
     TausOption,
+    VerifyOption,
     WriteOption,
     guarded,
     print_json,
@@ -74,6 +76,8 @@ def merge(
     store: StoreOption = None,
     as_json: JsonOption = False,
     force: ForceOption = False,
+    rehash: RehashOption = False,
+    verify: VerifyOption = False,
     prefect: PrefectOption = None,
     debug: DebugOption = False,
 ) -> None:
@@ -83,6 +87,14 @@ def merge(
         session = _session(
             view, recipe, assignments, store, alpha=alpha, tau=tau, output=output, force=force
         )
+        if rehash or verify:
+            from flows import distrust
+
+            session.store.prepare()
+            if rehash:
+                distrust.rehash_inputs(session)
+            if verify:
+                distrust.reread_output(session)
         usual = bool(os.environ.get("PREFECT_API_URL") or session.recipe.run.workers)
         if usual if prefect is None else prefect:
             # Prefect reads these when it is imported: a merge reports to nobody.

@@ -30,6 +30,12 @@ StoreOption = Annotated[Path | None, typer.Option("--store", help="Folder of the
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace another merge.")]
+RehashOption = Annotated[
+    bool, typer.Option("--rehash", help="Hash base and donor anew, whatever is remembered.")
+]
+VerifyOption = Annotated[
+    bool, typer.Option("--verify", help="Read a finished output's weights against their digests.")
+]
 AlphasOption = Annotated[str | None, typer.Option("--alpha", help="Comma-separated.")]
 TausOption = Annotated[str | None, typer.Option("--tau", help="Comma-separated.")]
 AxisOption = Annotated[

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from blake3 import blake3
-
-from crane_tasks.apply.output import PROVENANCE, RECIPE_COPY, provenance
+from artifacts.memo import content_digest
+from crane_tasks.apply.output import PROVENANCE, RECIPE_COPY, provenance, unlike_record
 from crane_tasks.errors import OutputError
 from crane_tasks.hub import hub_errors
 from crane_tasks.models.files.folder import CARD, INDEX
@@ -53,13 +52,8 @@ def parcel_of(folder: Path) -> Parcel:
         for name, file in sorted(found.items())
         if name != RECIPE_COPY and not any(part.startswith(".") for part in Path(name).parts)
     }
-    sizes = {n: r["size"] for n, r in record["files"].items()} | record["side_files"]
-    for name, size in sizes.items():
-        if files.get(name) != size:
-            told = "is missing" if name not in files else f"has {files[name]} bytes, not {size}"
-            raise OutputError(f"{folder}: {name} {told}: not the merge that {PROVENANCE} tells of")
-    if CARD not in files:
-        raise OutputError(f"{folder}: has no {CARD}, and a merge without a card is not published")
+    for name, told in unlike_record(folder, record):
+        raise OutputError(f"{folder}: {name} {told}: not the merge that {PROVENANCE} tells of")
     return Parcel(folder, record, files, (folder / CARD).read_text())
 
 
@@ -83,8 +77,7 @@ def upload(parcel: Parcel, repo: str, *, private: bool) -> str:
     from huggingface_hub import HfApi
 
     for name, said in parcel.record["files"].items():
-        hasher = blake3(max_threads=blake3.AUTO)
-        if hasher.update_mmap(parcel.folder / name).hexdigest() != said["digest"]:
+        if content_digest(parcel.folder / name) != said["digest"]:
             raise OutputError(f"{parcel.folder / name}: was changed after the merge")
     api = HfApi()
     with hub_errors(repo, "the hub did not take it"):

@@ -64,6 +64,10 @@ def store_verify(
     set_aside: Annotated[
         bool, typer.Option("--set-aside", help="Move damaged artifacts out of the way.")
     ] = False,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", metavar="DIR", help="Read a merged checkpoint instead."),
+    ] = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -72,6 +76,15 @@ def store_verify(
     def work(view: "Terminal") -> None:
         from artifacts.cleaning import verify_all
 
+        if output is not None:
+            from crane_tasks.apply.output import verify_output
+
+            wrong = verify_output(output)
+            told = {"output": str(output), "damaged": wrong}
+            print_json(told) if as_json else view.verified_output(told)
+            if wrong:
+                raise typer.Exit(FAILED)
+            return
         outcome = verify_all(_store(store), set_aside=set_aside, progress=view.progress)
         print_json(outcome) if as_json else view.verified(outcome)
         if outcome["damaged"]:

@@ -230,6 +230,13 @@ class Terminal:
         sound = outcome["checked"] - len(outcome["damaged"])
         self.out.print(f"{sound} of {outcome['checked']} artifacts are sound.")
 
+    def verified_output(self, outcome: dict[str, Any]) -> None:
+        """The outcome of `crane store verify --output`."""
+        for name, told in outcome["damaged"].items():
+            self.out.print(f"[red]{_plain(name)}[/red]: {_plain(told)}")
+        if not outcome["damaged"]:
+            self.out.print(_plain(f"{outcome['output']}: every byte is as it was merged."))
+
     def collected(self, outcome: dict[str, Any]) -> None:
         """The outcome of `crane store gc`."""
         for name in outcome["removed"]:

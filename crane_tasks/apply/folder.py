@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import yaml
 
+from artifacts.memo import content_digest
 from artifacts.store import write_atomically
 from crane_tasks.apply.card import CardFacts, model_card
 from crane_tasks.apply.output import PROVENANCE, RECIPE_COPY, Shard, copy_side_files, write_index
@@ -17,7 +18,7 @@ from crane_tasks.apply.rows import unlike_words
 from crane_tasks.edit import edit_of
 from crane_tasks.errors import OutputError
 from crane_tasks.identity import name_in_cache, published_name
-from crane_tasks.models.files.folder import CARD
+from crane_tasks.models.files.folder import CARD, INDEX
 from crane_tasks.pairing import pair_notes
 from crane_tasks.rows import load_rows
 from crane_tasks.session import Context
@@ -45,7 +46,9 @@ def fill_folder(
             stale.unlink()
     fp8 = ctx.recipe.merge.in_fp8
     write_index(base, plan, folder, fp8=fp8)
-    side_files = copy_side_files(base, folder, fp8=fp8)
+    side_files = [*copy_side_files(base, folder, fp8=fp8), RECIPE_COPY]
+    if (folder / INDEX).exists():
+        side_files.append(INDEX)
     sets = ctx.recipe.calibration
     named = {"reasoning": sets.reasoning, "agent": sets.agent, "format": sets.format}
     rows = {name: load_rows(ctx.recipe, own.data) for name, own in named.items()}
@@ -69,9 +72,13 @@ def fill_folder(
         },
         "versions": versions(),
         "files": files,
-        "side_files": {name: (folder / name).stat().st_size for name in side_files},
+        "side_files": {name: _small(folder / name) for name in side_files},
     }
     write_atomically(folder / PROVENANCE, json.dumps(record, indent=2) + "\n")
+
+
+def _small(file: Path) -> dict[str, Any]:
+    return {"size": file.stat().st_size, "digest": content_digest(file)}
 
 
 def _side(name: str, identity: str, folder: Path) -> dict[str, str]:

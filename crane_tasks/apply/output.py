@@ -5,23 +5,25 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from artifacts.memo import DigestMemo
+from artifacts.memo import DigestMemo, content_digest
 from artifacts.store import sync_folder
 from crane_tasks.apply.packing import announced
 from crane_tasks.errors import OutputError
 from crane_tasks.models.files.checkpoint import Checkpoint
-from crane_tasks.models.files.folder import INDEX, SINGLE, side_files
+from crane_tasks.models.files.folder import CARD, INDEX, SINGLE, side_files
 from crane_tasks.models.files.safetensors_io import DTYPES, Entry
 
 PROVENANCE = "crane.json"
 CONFIG = "config.json"
 RECIPE_COPY = "crane_recipe.yaml"
+# What loaders take beside, or before, the files of an index.
+LOADED = (".safetensors", ".safetensors.index.json", "adapter_config.json")
 
 
 @dataclass(frozen=True)
@@ -104,10 +106,63 @@ def provenance(folder: Path) -> dict[str, Any] | None:
     """What a finished merge says of itself, or None if the folder is none."""
     try:
         record = json.loads((folder / PROVENANCE).read_text())
-    except (OSError, ValueError):
+        known = isinstance(record["apply"], str) and all(
+            isinstance(of["size"], int) and isinstance(of["digest"], str)
+            for of in record["files"].values()
+        )
+        sound = known and all(isinstance(of, int | dict) for of in record["side_files"].values())
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None
-    fields = {"apply", "files", "side_files"}
-    return record if isinstance(record, dict) and fields <= record.keys() else None
+    return record if sound else None
+
+
+def unlike_record(
+    folder: Path, record: Mapping[str, Any], digest: Callable[[Path], str] | None = None
+) -> Iterator[tuple[str, str]]:
+    """What of a folder is not as its merge has left it: names, and what is wrong with them.
+
+    Names, sizes, all that is small by its content, and weights that a loader would take besides.
+    The card says more with every evaluation: it must be there.
+
+    Args:
+        digest: of a weight file; None: their sizes are enough.
+    """
+    weights, small = record["files"], record["side_files"]
+    for name, of in [*weights.items(), *small.items(), (CARD, {})]:
+        # Merges of older versions have noted the sizes of side files alone.
+        wanted, file = {"size": of} if isinstance(of, int) else of, folder / name
+        if not file.is_file():
+            yield name, "is missing"
+        elif (size := file.stat().st_size) != wanted.get("size", size):
+            yield name, f"has {size} bytes, not {wanted['size']}"
+        elif name in small and "digest" in wanted:
+            if content_digest(file) != wanted["digest"]:
+                yield name, "was changed"
+        elif name in weights and digest is not None and digest(file) != wanted["digest"]:
+            yield name, "was changed"
+    for name in strangers(folder, record):
+        yield name, "is none of the merge's, and a loader would take it"
+
+
+def verify_output(folder: Path) -> dict[str, str]:
+    """What of a merge is not as it was written, by its file's name; every byte is read.
+
+    Raises:
+        OutputError: the folder is no merge, or what it says of itself is damaged.
+    """
+    record = provenance(folder)
+    if record is None:
+        raise OutputError(f"{folder}: is no merge of CRANE: no {PROVENANCE} in it can be read")
+    return dict(unlike_record(folder, record, content_digest))
+
+
+def strangers(folder: Path, record: Mapping[str, Any]) -> list[str]:
+    """Files beside a merge's own that a loader would take."""
+    known = {*record["files"], *record["side_files"]}
+    if not any(isinstance(of, dict) for of in record["side_files"].values()):
+        known.add(INDEX)  # merges of older versions do not list theirs
+    found = (file.name for file in folder.glob("*") if file.name.endswith(LOADED))
+    return sorted(name for name in found if name not in known)
 
 
 def holds(folder: Path, key: str, plan: list[Shard], memo: DigestMemo) -> bool:
@@ -116,18 +171,9 @@ def holds(folder: Path, key: str, plan: list[Shard], memo: DigestMemo) -> bool:
     Weights that are not as they were when they were written or last read are read (`memo`).
     """
     merge = provenance(folder)
-    if merge is None or merge["apply"] != key:
+    if merge is None or merge["apply"] != key or merge["files"].keys() != {s.file for s in plan}:
         return False
-    files: dict[str, Any] = merge["files"]
-    sizes = {name: record["size"] for name, record in files.items()} | merge["side_files"]
-    return (
-        files.keys() == {s.file for s in plan}
-        and all(
-            (folder / name).is_file() and (folder / name).stat().st_size == size
-            for name, size in sizes.items()
-        )
-        and all(memo.digest(folder / name) == record["digest"] for name, record in files.items())
-    )
+    return next(unlike_record(folder, merge, memo.digest), None) is None
 
 
 def check_place(folder: Path, inputs: Mapping[str, Path]) -> None:
@@ -167,6 +213,11 @@ def check_output(folder: Path, inputs: Mapping[str, Path], *, key: str, force: b
         raise OutputError(
             f"{folder}: exists and holds another merge. Choose another --output or give "
             "--force to replace it."
+        )
+    if not force and (others := strangers(folder, merge)):
+        raise OutputError(
+            f"{folder}: holds {', '.join(others)}, which is none of the merge's, and a loader "
+            "would take it. Move it away, or give --force to remove it."
         )
     if merge["apply"] != key:
         check_writable(folder.parent)

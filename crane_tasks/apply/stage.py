@@ -10,7 +10,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from artifacts.memo import DigestMemo
+from artifacts.memo import DigestMemo, content_digest
 from artifacts.ref import digest_of
 from artifacts.schema import Schema
 from artifacts.store import Draft, Unit
@@ -38,6 +38,7 @@ from crane_tasks.merge_section import LmHead, Merge
 from crane_tasks.models.files.safetensors_io import ShardWriter
 from crane_tasks.numerics.edit import EditSums
 from crane_tasks.parallel import spread_units
+from crane_tasks.proof import BASE_SIDE, proven_weights
 from crane_tasks.recipe import field_of
 from crane_tasks.session import Context
 from crane_tasks.sizes import sizes_of
@@ -141,7 +142,8 @@ def write_apply(ctx: Context, keys: Keys, draft: Draft) -> None:
     if not published:
         folder.mkdir(parents=True, exist_ok=True)
         draft.belongs(folder)
-        _write_shards(ctx, keys, units, folder, draft)
+        with proven_weights(ctx, [BASE_SIDE]):
+            _write_shards(ctx, keys, units, folder, draft)
     written = [draft.units[name]["meta"] for name in units]
     files = {m["file"]: {"size": m["size"], "digest": m["digest"]} for m in written}
     draft.meta |= {"files": files, "carried": base.carried, "units": list(units)}
@@ -165,9 +167,9 @@ def _publish(ctx: Context, keys: Keys, folder: Path, files: Mapping[str, Any]) -
 def _write_shards(
     ctx: Context, keys: Keys, units: dict[str, Shard], folder: Path, draft: Draft
 ) -> None:
-    """Every shard that an earlier attempt has not left in the folder."""
+    """Every shard that an earlier attempt has not left in the folder, as it was written."""
     for name, shard in units.items():
-        if not (folder / shard.file).exists():
+        if draft.done(name) and not _as_written(folder / shard.file, draft.units[name]["meta"]):
             draft.forget(name)
     sizes = {name: sum(e.nbytes for e in shard.entries) for name, shard in units.items()}
     total, written = sum(sizes.values()), 0
@@ -179,6 +181,13 @@ def _write_shards(
             _show(ctx, written, total)
     finally:
         ctx.session.kept.let_go("editor")
+
+
+def _as_written(file: Path, record: Mapping[str, Any]) -> bool:
+    """Whether a shard is the one that was written, by its content: no time is believed."""
+    if not file.is_file() or file.stat().st_size != record["size"]:
+        return False
+    return bool(content_digest(file) == record["digest"])
 
 
 def _show(ctx: Context, written: int, total: int) -> None:
