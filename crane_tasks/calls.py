@@ -45,7 +45,7 @@ def _json(text: str) -> Any:
     """What a JSON text says; None if it is none."""
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
 
 

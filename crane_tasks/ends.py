@@ -1,10 +1,9 @@
 """Which tokens end an answer."""
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
-from crane_tasks.identity import GENERATION
+from crane_tasks.models.files.generation import stops_of
 from crane_tasks.rendering import own_ends
 from crane_tasks.session import Context
 
@@ -14,11 +13,8 @@ def ends_of(ctx: Context, tokenizer: Any) -> set[int]:
 
     Llama's `<|eom_id|>` and gpt-oss's `<|call|>` end answers that are calls, and stand only there.
     """
-    ends: set[Any] = set(own_ends(tokenizer))
-    for file in (ctx.base / GENERATION, ctx.donor / GENERATION):
-        named = json.loads(file.read_text()).get("eos_token_id") if file.exists() else None
-        ends |= set(named if isinstance(named, list) else [named])
-    return ends - {None}
+    ends = set(own_ends(tokenizer))
+    return ends.union(*(stops_of(side) for side in (ctx.base, ctx.donor)))
 
 
 def without_end(ids: Sequence[int], ends: set[int]) -> list[int]:

@@ -17,6 +17,7 @@ from typing import Any
 
 from crane_tasks.errors import CheckpointError
 from crane_tasks.identity import local_folder
+from crane_tasks.json_file import read_json
 from crane_tasks.kept import Kept
 from crane_tasks.models.check import check_pair
 from crane_tasks.models.files.folder import CARD, INDEX, SINGLE, is_side_file
@@ -178,7 +179,7 @@ def _at_once(name: str, lfs: object) -> bool:
 def _named_weights(folder: Path, files: dict[str, Any]) -> list[str]:
     """The files that the index names, or the one; none if it is no safetensors checkpoint."""
     try:
-        weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
+        weight_map = read_json(folder / INDEX)["weight_map"]
         return sorted({str(name) for name in weight_map.values()})
     except OSError:
         return [SINGLE] if SINGLE in files else []

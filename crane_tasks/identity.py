@@ -8,9 +8,8 @@ from artifacts.ref import digest_of
 from crane_tasks.errors import CheckpointError
 from crane_tasks.models.files.folder import TOKENIZER_FILES, weight_files
 from crane_tasks.models.files.formats import other_form
+from crane_tasks.models.files.generation import GENERATION
 from crane_tasks.recipe import Recipe
-
-GENERATION = "generation_config.json"
 
 
 def local_folder(recipe: Recipe, value: str) -> Path | None:

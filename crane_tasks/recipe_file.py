@@ -139,7 +139,7 @@ def load_recipe(
     Args:
         path: a YAML file.
         assignments: `dotted.path=VALUE` each, the value in YAML.
-        overrides: top-level keys that win over the file; None values are ignored.
+        overrides: values by dotted path, which win over both; None is ignored.
 
     Raises:
         RecipeError: no such recipe, not YAML, unknown keys, values out of range.
@@ -154,8 +154,10 @@ def load_recipe(
     given = list(assignments)
     for assignment in given:
         _set_dotted(data, assignment)
-    data |= {k: v for k, v in (overrides or {}).items() if v is not None}
     folders = (path.resolve().parent, Path(os.getcwd()))
     # Who gave a value is not known here: the file or a change on top.
     what = str(path) + (f" with {', '.join(given)}" if given else "")
+    for name, value in (overrides or {}).items():
+        if value is not None:
+            _put(data, name, value, what)
     return recipe_from(data, folders, what)

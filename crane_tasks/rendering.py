@@ -19,7 +19,11 @@ from crane_tasks.models.files.tokenizer import added_ids
 from crane_tasks.rows import Row
 
 NO_OPTIONS: Mapping[str, Any] = MappingProxyType({})
-REFUSALS = (TemplateError, ValueError, TypeError, KeyError)
+# A template is a program of others.
+REFUSALS = (
+    TemplateError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError,
+    RecursionError,
+)  # fmt: skip
 OPENING, CLOSING = THINKING
 TAIL = 16  # of a prompt's tokens: enough to see a `<think>` that is no token of its own
 Messages = list[dict[str, Any]]

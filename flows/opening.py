@@ -1,6 +1,5 @@
 """From what a person names to a session."""
 
-import json
 from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
@@ -59,15 +58,15 @@ def open_session(
     Raises:
         RecipeError: no such recipe, or its contents are wrong.
     """
-    extra = [
-        f"run.{field}={json.dumps(str(user_path(value).absolute()))}"
+    places = {
+        f"run.{field}": str(user_path(value).absolute())
         for field, value in (("output", output), ("store", store))
         if value is not None
-    ]
+    }
     recipe = load_recipe(
         find_recipe(name),
-        assignments=[*assignments, *extra],
-        overrides={"alpha": alpha, "tau": tau},
+        assignments=assignments,
+        overrides={"alpha": alpha, "tau": tau, **places},
     )
     place = recipe.place(recipe.run.store) if recipe.run.store else Path(DEFAULT_STORE)
     return Session(recipe, Store(place.absolute(), recipe.name), **heard)

@@ -4,6 +4,7 @@ Each model is measured once and kept under its content, so a sweep measures base
 never again.
 """
 
+import math
 import time
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import closing
@@ -177,6 +178,11 @@ def keep_losses(
     """Write what a walk has found of the sets, a unit each."""
     tokenizer, patterns = load_tokenizer(ctx.base), patterns_of(ctx)
     for (name, tokens), (losses, states) in zip(sets.items(), found, strict=True):
+        if broken := sum(not math.isfinite(loss) for loss in losses):
+            ctx.notice(
+                f"{broken} of {len(losses)} losses on {name} are no numbers: the weights measured "
+                "hold NaN or Inf, or the edit is far too strong."
+            )
         with draft.unit(name) as unit:
             unit.write("losses", torch.tensor(losses, dtype=torch.float64))
             if name == "agent":

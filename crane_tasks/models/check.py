@@ -7,6 +7,7 @@ from typing import NoReturn
 from crane_tasks.errors import CheckpointError
 from crane_tasks.models.files.checkpoint import EMBEDDING, Checkpoint
 from crane_tasks.models.files.configs import unlike_configs
+from crane_tasks.models.files.generation import stops_of
 from crane_tasks.models.files.pair import Pair
 from crane_tasks.models.files.tokenizer import load_tokenizer
 from crane_tasks.models.files.vocabularies import unlike_tokens
@@ -28,6 +29,8 @@ def check_pair(pair: Pair, allow: Iterable[str]) -> None:
     check_vocabulary(pair.base, base)
     check_vocabulary(pair.donor, base)  # it is measured on the base's tokens
     check_parameters(pair.base)
+    for side in (base, donor):
+        stops_of(side)
 
 
 def refuse_equal(base: Path, donor: Path) -> NoReturn:

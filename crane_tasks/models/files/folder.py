@@ -1,11 +1,11 @@
 """What lies in a checkpoint folder besides tensors: config, index, and files to take along."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from crane_tasks.errors import CheckpointError
+from crane_tasks.json_file import read_json
 from crane_tasks.models.files.formats import other_form, quantised_words
 from crane_tasks.models.files.packed import block_of
 from crane_tasks.models.files.safetensors_io import Entry
@@ -24,6 +24,18 @@ TOKENIZER_FILES = (
     "chat_template.json",
 )
 CARD = "README.md"
+# Sizes beyond which a config is a mistake, or made to harm.
+MOST = {
+    "num_hidden_layers": 10_000,
+    "hidden_size": 10_000_000,
+    "intermediate_size": 100_000_000,
+    "vocab_size": 100_000_000,
+    "num_attention_heads": 100_000,
+    "num_key_value_heads": 100_000,
+    "num_experts": 100_000,
+    "num_local_experts": 100_000,
+    "n_routed_experts": 100_000,
+}
 OWN_FILES = ("crane.json", "crane_recipe.yaml")  # of an earlier merge: the new one has its own
 # What a checkpoint has beside its weights: configs, tokenizers, templates, code, papers.
 SIDE_SUFFIXES = (".json", ".txt", ".jinja", ".model", ".vocab", ".tiktoken", ".py", ".md")
@@ -62,20 +74,36 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such checkpoint folder")
     try:
-        config = json.loads(file.read_text())
-    except OSError as error:
+        config = read_json(file)
+    except FileNotFoundError as error:
         told = other_form(folder) or "has no config.json, so it is no checkpoint"
         raise CheckpointError(f"{folder}: {told}") from error
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{file}: not JSON: {error}") from error
     if not isinstance(config, dict) or not (
         isinstance(config.get("num_hidden_layers"), int)
         or isinstance(config.get("text_config"), dict)
     ):
         raise CheckpointError(f"{file}: not the config of a decoder-only language model")
+    _require_sizes(file, config)
     if config.get("quantization_config") and block_of(config) is None:
         raise CheckpointError(f"{file}: {quantised_words(config)}")
     return config
+
+
+def _require_sizes(file: Path, config: Mapping[str, Any]) -> None:
+    """A config whose numbers no model has would be built, tensor by tensor, until memory ends.
+
+    Raises:
+        CheckpointError: one is out of all range.
+    """
+    text = config.get("text_config")
+    for section in (config, text if isinstance(text, dict) else {}):
+        for name, value in section.items():
+            if (most := MOST.get(name)) is None or value is None:
+                continue
+            if type(value) is not int or not 1 <= value <= most:
+                raise CheckpointError(f"{file}: {name} is {value!r}, not 1 to {most:,}")
 
 
 def weight_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
@@ -87,9 +115,9 @@ def weight_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
     index = folder / INDEX
     if index.exists():
         try:
-            weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
+            weight_map: dict[str, str] = read_json(index)["weight_map"]
             files = [folder / name for name in sorted(set(weight_map.values()))]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{index}: not an index of safetensors files") from error
         if (folder / SINGLE).exists() and folder / SINGLE not in files:
             raise CheckpointError(

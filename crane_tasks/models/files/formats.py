@@ -1,9 +1,10 @@
 """Forms of a model that are not read: what each is, and how it becomes a checkpoint."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from crane_tasks.json_file import read_json
 
 # `quant_method` of a config: what people call it.
 METHODS = {
@@ -54,6 +55,6 @@ def other_form(path: Path) -> str | None:
 
 def _made_for(file: Path) -> str:
     try:
-        return f" for {json.loads(file.read_text())['base_model_name_or_path']}"
-    except (ValueError, KeyError, TypeError):
+        return f" for {read_json(file)['base_model_name_or_path']}"
+    except (OSError, ValueError, KeyError, TypeError):
         return ""

@@ -4,12 +4,12 @@ The donor's tokenizer is used for nothing else: texts are cut by the base's. So 
 differ in what concerns few rows, if all ordinary tokens are the same.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from crane_tasks.errors import CheckpointError
+from crane_tasks.json_file import read_json
 from crane_tasks.models.files.tokenizer import load_tokenizer
 from crane_tasks.models.files.wording import listed
 
@@ -92,8 +92,10 @@ def _added(folder: Path) -> Any:
     """What a tokenizer's config adds to its vocabulary."""
     file = folder / "tokenizer_config.json"
     try:
-        config = json.loads(file.read_text()) if file.exists() else {}
-    except ValueError:  # said by whoever loads it
+        config = read_json(file) if file.exists() else {}
+    except (OSError, ValueError):  # said by whoever loads it
+        return file
+    if not isinstance(config, dict):
         return file
     names = [k for k in config if k.endswith("_token") or k.endswith("_tokens")]
     return {k: config.get(k) for k in ("added_tokens_decoder", *sorted(names))}
