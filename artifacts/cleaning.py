@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from artifacts.errors import DamagedArtifact, StoreError
+from artifacts.running import used_since
 from artifacts.store import MANIFEST, OUTSIDE, Store
 
 DAY = 86_400.0
@@ -118,6 +119,8 @@ def collect_garbage(
         remove(damaged)
     if older_than_days is not None:
         limit = time.time() - older_than_days * DAY
+        # What a run has used it may use again before it ends.
+        limit = min(limit, used_since(store.root) or limit)
         for path in store.artifacts():
             if (path / MANIFEST).stat().st_mtime < limit:
                 remove(path)

@@ -7,6 +7,10 @@ class StoreError(Exception):
     """The store cannot be used, or was asked for something that it does not hold."""
 
 
+class MissingArtifact(StoreError):
+    """An artifact is not there, or is not there any longer."""
+
+
 class UnusableStore(StoreError):
     """The folder given as a store cannot be one."""
 

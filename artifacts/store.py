@@ -23,8 +23,9 @@ from pathlib import Path
 
 from artifacts.artifact import Artifact
 from artifacts.draft import DATA, OUTSIDE, SCRATCH, Draft, Unit, sync_folder, write_atomically
-from artifacts.errors import DamagedArtifact, StoreError, UnusableStore
+from artifacts.errors import DamagedArtifact, MissingArtifact, StoreError, UnusableStore
 from artifacts.ref import Ref, digest_of
+from artifacts.running import note_use
 from artifacts.schema import Schema
 from artifacts.tensors import is_plain_group
 
@@ -86,7 +87,7 @@ class Store:
             if not marker.exists():
                 write_atomically(marker, json.dumps({"format": FORMAT}) + "\n")
             written = json.loads(marker.read_text())
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise UnusableStore(
                 f"{self.root}: cannot be used as a store: {marker.name}: {error}"
             ) from error
@@ -95,6 +96,7 @@ class Store:
         found = written.get("format") if isinstance(written, dict) else written
         if found != FORMAT:
             raise UnusableStore(f"{self.root}: store format {found}, not {FORMAT}")
+        note_use(self.root)
 
     def path(self, ref: Ref) -> Path:
         return self.root / ref.stage / ref.key
@@ -116,7 +118,7 @@ class Store:
         """A finished artifact.
 
         Raises:
-            StoreError: there is none.
+            MissingArtifact: there is none.
             DamagedArtifact: its manifest cannot be read.
         """
         return self.open_path(self.path(ref))
@@ -127,7 +129,7 @@ class Store:
             written = manifest.pop("digest")
             named = manifest["stage"], manifest["key"]
         except (FileNotFoundError, NotADirectoryError):
-            raise StoreError(f"{path}: no such artifact") from None
+            raise MissingArtifact(f"{path}: no such artifact") from None
         except DAMAGED as error:
             raise DamagedArtifact(path, "its manifest is unreadable") from error
         if digest_of(manifest) != written:

@@ -290,7 +290,8 @@ def open_context(session: Session, *, whole: bool = True) -> Context:
         refuse_equal(base, donor)
     # What was found right once is right for the same content, and the same checks.
     tokenizers = [tokenizer_identity(side, memo) for side in (base, donor)]
-    claim = digest_of([base_id, donor_id, tokenizers, list(recipe.pair.allow), _checker()])
+    stops = {"base": stops_identity(base, memo), "donor": stops_identity(donor, memo)}
+    claim = digest_of([base_id, donor_id, tokenizers, stops, list(recipe.pair.allow), _checker()])
     checked = store.root / CHECKED / claim
     if known and not checked.exists():
         check_pair(pair, recipe.pair.allow)
@@ -306,7 +307,7 @@ def open_context(session: Session, *, whole: bool = True) -> Context:
         donor_id=donor_id,
         tokenizer_id=tokenizer_identity(base, memo),
         side_files_id=files_identity(base, side_files(base), memo),
-        stops={"base": stops_identity(base, memo), "donor": stops_identity(donor, memo)},
+        stops=stops,
         output=output_folder(recipe),
         devices=devices,
         compute=compute,

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from crane_tasks.recipe import Recipe
     from flows.terminal import Terminal
 
-DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+DONE, FAILED, BAD_INPUT = 0, 1, 2
 
 RecipeArgument = Annotated[
     str, typer.Argument(metavar="RECIPE", help="Recipe file, or a shipped recipe's name.")
@@ -86,20 +86,23 @@ def set_volume(value: int) -> None:
 
 
 def guarded(work: "Callable[[Terminal], Any]", *, debug: bool) -> Any:
-    """Run a command: bad input is one message and exit 2, everything else 1, Ctrl-C 130."""
+    """Run a command: bad input is one message and exit 2, all else 1, Ctrl-C 130, SIGTERM 143."""
     from artifacts.errors import StoreError, UnusableStore
     from crane_tasks.errors import BadInput, CraneError
+    from flows.interrupts import KEPT, Interrupts
     from flows.terminal import Terminal
 
     if not debug and volume <= 0:
         _quiet()
     view = Terminal(volume)
+    interrupts = Interrupts()
     try:
-        with view:
+        with interrupts.heard(), view:
             return work(view)
     except KeyboardInterrupt:
-        view.problem("Interrupted. Finished work is kept: the same command goes on from there.")
-        raise typer.Exit(INTERRUPTED) from None
+        view.problem(KEPT)
+        interrupts.told = True
+        raise typer.Exit(interrupts.code) from None
     except (BadInput, UnusableStore) as error:
         if debug:
             raise

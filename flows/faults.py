@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
-from artifacts.errors import DamagedArtifact
+from artifacts.errors import DamagedArtifact, MissingArtifact
 from crane_tasks.scores.gradients import GRADIENTS
 from crane_tasks.session import Session
 
@@ -71,6 +71,8 @@ def healing(session: Session, work: Callable[[], T]) -> T:
     for _ in range(HEALINGS):
         try:
             return work()
+        except MissingArtifact as error:
+            session.notice(f"{error}: somebody has removed it. Computing it anew.")
         except DamagedArtifact as error:
             aside = session.store.set_aside(error.path)
             fate = "computing it anew"

@@ -108,8 +108,8 @@ class Terminal:
         """The end of a merge."""
         self.evaluation(merged.evaluation)
         self._table("The edit", merged.edit_table)
-        self.out.print(f"Merged checkpoint: {merged.ctx.output}", soft_wrap=True)
-        self.out.print(f"Report:            {merged.report}", soft_wrap=True)
+        self.out.print(_plain(f"Merged checkpoint: {merged.ctx.output}"), soft_wrap=True)
+        self.out.print(_plain(f"Report:            {merged.report}"), soft_wrap=True)
 
     def evaluation(self, result: dict[str, Any]) -> None:
         """The evaluation table and the gate's prediction."""
@@ -127,7 +127,7 @@ class Terminal:
         if suites_table(result)[1]:
             self._table("Suites (± standard error)", suites_table(result))
         if note := unfinished_note(result):
-            self.out.print(note)
+            self.out.print(_plain(note))
         if result.get("gate"):
             self._table("Change of calibration loss", prediction_table(result))
 
@@ -180,7 +180,7 @@ class Terminal:
         ]
         head = ["stage", "would be", "disk", "memory", "device", "time", "why"]
         self._table(f"Plan for {plan.name}", (head, rows))
-        self.out.print(f"Output: {plan.output}\nStore:  {plan.store}", soft_wrap=True)
+        self.out.print(_plain(f"Output: {plan.output}\nStore:  {plan.store}"), soft_wrap=True)
         self.out.print(f"Calls:  {plan.calls}\nFormat: {' '.join(plan.patterns)}", markup=False)
         self.out.print("Memory and time are estimates; disk is what the stage will write.")
 
@@ -196,8 +196,8 @@ class Terminal:
         if note := alike_note(swept.points, swept.choice):
             self.out.print(_plain(note), soft_wrap=True)
         if swept.written:
-            self.out.print(f"Merged checkpoint: {swept.written}", soft_wrap=True)
-        self.out.print(f"Report:            {swept.report}", soft_wrap=True)
+            self.out.print(_plain(f"Merged checkpoint: {swept.written}"), soft_wrap=True)
+        self.out.print(_plain(f"Report:            {swept.report}"), soft_wrap=True)
 
     def tuned(self, tuned: "Tuned") -> None:
         """What a search found, on the rows that it never saw."""
@@ -205,8 +205,8 @@ class Terminal:
         for line in tuned.lines:
             self.out.print(_plain(line), soft_wrap=True)
         if tuned.recipe:
-            self.out.print(f"Recipe:            {tuned.recipe}", soft_wrap=True)
-        self.out.print(f"Report:            {tuned.trials.report}", soft_wrap=True)
+            self.out.print(_plain(f"Recipe:            {tuned.recipe}"), soft_wrap=True)
+        self.out.print(_plain(f"Report:            {tuned.trials.report}"), soft_wrap=True)
 
     def listing(self, records: list[dict[str, Any]]) -> None:
         """The artifacts of a store."""

@@ -33,11 +33,12 @@ from crane_tasks.apply.rows import check_rows
 from crane_tasks.apply.windows import parts_of_entry
 from crane_tasks.delta import DELTA, read_statistics
 from crane_tasks.edit import edit_fields, edit_of, edit_stages, not_of_edit, slot_scales
-from crane_tasks.errors import RecipeError
+from crane_tasks.errors import OutputError, RecipeError
 from crane_tasks.merge_section import LmHead, Merge
 from crane_tasks.models.files.safetensors_io import ShardWriter
 from crane_tasks.numerics.edit import EditSums
 from crane_tasks.parallel import spread_units
+from crane_tasks.places import report_folder
 from crane_tasks.proof import BASE_SIDE, proven_weights
 from crane_tasks.recipe import field_of
 from crane_tasks.session import Context
@@ -77,6 +78,9 @@ def check_destination(ctx: Context, keys: Keys) -> bool:
         OutputError: the folder is an input, or holds something else.
     """
     check_output(ctx.output, ctx.inputs, key=keys[APPLY].key, force=ctx.session.force)
+    report = report_folder(ctx.output)
+    if report.exists() and not report.is_dir():
+        raise OutputError(f"{report}: is where the report goes, and a file. Move it away.")
     return _complete(ctx, keys)
 
 

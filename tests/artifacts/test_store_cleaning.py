@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,7 @@ from artifacts.cleaning import (
 from artifacts.errors import StoreError
 from artifacts.memo import DigestMemo
 from artifacts.ref import Ref
+from artifacts.running import used_since
 from artifacts.store import MANIFEST, Draft, Store
 
 
@@ -208,3 +211,31 @@ def test_the_nearest_artifact_shares_most_and_its_differences_are_named(tmp_path
     assert found is not None and found["key"] == near.ref.key
     assert differences(found, wanted.identity()) == ["c", "donor"]
     assert nearest(store, "other", wanted.identity()) is None
+
+
+USER = """
+import sys, time
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from sample import build_sample
+root = Path(sys.argv[2])
+build_sample(root)
+print("built", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_what_a_run_has_used_stays_until_it_ends(tmp_path: Path) -> None:
+    store, old = build_sample(tmp_path, more=1)
+    os.utime(old.path / MANIFEST, (1, 1))
+    command = [sys.executable, "-c", USER, str(Path(__file__).parent), str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as run:
+        assert run.stdout is not None and run.stdin is not None
+        assert run.stdout.readline() == "built\n"
+        gc = [sys.executable, "-m", "flows.cli", "store", "gc", "--older-than", "0"]
+        subprocess.run([*gc, "--store", str(tmp_path)], check=True, capture_output=True)
+        assert store.has(sample_ref()) and not old.path.exists()
+        run.stdin.close()
+    for note in (tmp_path / ".running").iterdir():  # this process's own, too: it goes on
+        if not note.name.startswith(f"{os.getpid()}-"):
+            assert used_since(tmp_path) is not None and not note.exists()

@@ -110,7 +110,7 @@ class Server:
     def end(self) -> Ended:
         """Wait for the command."""
         status = int(self._stream(self._process.stdout).readline())
-        out, err = (file.read_text() for file in self._files)
+        out, err = (file.read_text(errors="backslashreplace") for file in self._files)
         return Ended(os.waitstatus_to_exitcode(status), out, err)
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -106,7 +107,7 @@ def test_plan_of_an_unknown_pair_computes_everything_and_makes_no_output(bench: 
                   "--output", place / "out", "--json")  # fmt: skip
     assert {s["status"] for s in ended.json()["stages"]} == {"computed"}
     assert not (place / "out").exists()
-    assert not list(place.glob("store/*/*"))
+    assert not list(place.glob("store/*/*/manifest.json")) and not (place / "store/delta").exists()
 
 
 def test_scores_are_those_of_the_merge(bench: Bench) -> None:
@@ -178,11 +179,14 @@ def test_the_store_is_listed_shown_verified_and_cleaned(bench: Bench, tmp_path: 
     assert ended.code != 0 and "zzz" in ended.err and "Traceback" not in ended.err
 
 
-def test_ctrl_c_ends_with_130_and_the_same_command_goes_on(bench: Bench, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "code"), [(INTERRUPT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_command_says_so_and_the_same_one_goes_on(
+    number: int, code: int, bench: Bench, tmp_path: Path
+) -> None:
     args = ["merge", bench.pair.recipe_file, "--store", tmp_path / "store", "--output",
             tmp_path / "out", "--json"]  # fmt: skip
-    ended = stopped(tmp_path, args, reached(tmp_path / "store", "delta", 1), INTERRUPT)
-    assert ended.code == 130
+    ended = stopped(tmp_path, args, reached(tmp_path / "store", "delta", 1), number)
+    assert ended.code == code
     assert ended.out == "" and "Traceback" not in ended.err
     assert "Interrupted" in ended.err
     assert not (tmp_path / "out").exists()
@@ -359,10 +363,57 @@ def store_of_another_kind(case: Case) -> None:
     (case.folder / "store" / "crane-store.json").write_text("[]")
 
 
-@bad(r"donor: no generation config can be made")
+@bad(r"generation_config\.json: no generation config: Expecting")
 def generation_config_that_is_no_json(case: Case) -> None:
     (case.pair.donor / "generation_config.json").write_text("{")
     case.args += ["--set", "evaluate.generate=1"]
+
+
+@bad(r"generation_config\.json: eos_token_id is 'x', no token id")
+def generation_config_of_words(case: Case) -> None:
+    (case.pair.base / "generation_config.json").write_text('{"eos_token_id": "x"}')
+
+
+@bad(r"base/config\.json: not JSON: nested too deeply")
+def deep_config(case: Case) -> None:
+    (case.pair.base / "config.json").write_text("[" * 100_000)
+
+
+@bad(r"model\.safetensors\.index\.json: not an index")
+def index_that_is_a_folder(case: Case) -> None:
+    file = case.pair.donor / "model.safetensors.index.json"
+    file.unlink(missing_ok=True)
+    file.mkdir()
+
+
+@bad(r"config\.json: num_hidden_layers is 1000000000, not 1 to 10,000")
+def a_billion_layers(case: Case) -> None:
+    case.config(num_hidden_layers=10**9)
+
+
+@bad(r"config\.json: num_attention_heads is 0")
+def no_heads(case: Case) -> None:
+    case.config(num_attention_heads=0)
+
+
+@bad(r"base: its tokenizer cannot be loaded")
+def tokenizer_config_that_is_a_list(case: Case) -> None:
+    (case.pair.base / "tokenizer_config.json").write_text("[]")
+
+
+@bad(r"base: its tokenizer cannot be loaded")
+def deep_tokenizer_config(case: Case) -> None:
+    (case.pair.base / "tokenizer_config.json").write_text("[" * 100_000)
+
+
+@bad(r"line 1: the chat template refuses it: division by zero")
+def template_that_divides_by_zero(case: Case) -> None:
+    (case.pair.base / "chat_template.jinja").write_text("{{ 1 / 0 }}")
+
+
+@bad(r"out-report: is where the report goes, and a file")
+def report_that_is_a_file(case: Case) -> None:
+    (case.folder / "out-report").write_text("")
 
 
 @bad(r"alpha: .*finite")
@@ -625,3 +676,10 @@ def test_a_store_that_may_only_be_read_is_looked_at_and_not_written(
     merge = run("merge", "--alpha", "0.77")
     assert merge.returncode == 2 and "store: cannot be written to" in merge.stderr
     assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("name", ["out😀", "out[/x]", "out[red]x", "o ut", "out\udcff"])
+def test_a_path_is_shown_and_used_as_it_is(name: str, bench: Bench, tmp_path: Path) -> None:
+    ended = crane(tmp_path, "plan", bench.pair.recipe_file, "--output", tmp_path / name)
+    assert ended.code == 0 and "Traceback" not in ended.err
+    assert (name if name.isprintable() else "out") in ended.out
