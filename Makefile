@@ -8,7 +8,7 @@ PORT ?= 4200
 # Processes for the fast tests. What the tests of one share is made anew in another.
 JOBS ?= 2
 
-.PHONY: demo ui test fast test-slow check format docs bench clean
+.PHONY: demo ui test fast test-slow check format docs bench faults clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -45,6 +45,9 @@ docs: $(READY)  ## write the generated tables of the documents anew
 
 bench: $(READY)  ## print the benchmarks' tables
 	$(BIN)/python -m pytest tests/benchmarks -m "not gpu" -s
+
+faults: $(READY)  ## kills, rot and races at random places of a seed: docs/reliability.md
+	$(BIN)/python tests/faults/campaign.py --rounds $(or $(ROUNDS),40) --seed $(or $(SEED),0)
 
 clean:  ## remove what the demo made; the environment stays
 	rm -rf crane-store merged

@@ -5,6 +5,7 @@ is a real process: it has its own exit code, and can be interrupted and killed.
 """
 
 import atexit
+import contextlib
 import json
 import os
 import signal
@@ -132,7 +133,8 @@ def stopped(cwd: Path, args: Sequence[object], when: Callable[[], bool], how: in
     limit = time.monotonic() + DEADLINE
     while not when() and time.monotonic() < limit:
         time.sleep(0.001)
-    os.kill(pid, how)  # the server has not yet waited for it, so the id is still its own
+    with contextlib.suppress(ProcessLookupError):  # it has ended by itself
+        os.kill(pid, how)
     return server().end()
 
 
