@@ -13,6 +13,7 @@ from conftest import ARCHITECTURES, TinyPair, load_tensors, save_tensors
 from safetensors import safe_open
 from tiny_merge import bits, merged, reported
 
+from crane_tasks.models.files.folder import side_files
 from crane_tasks.models.files.safetensors_io import read_header
 from crane_tasks.recipe_file import load_recipe
 from crane_tasks.session import Session
@@ -75,6 +76,25 @@ def test_every_side_file_is_carried_over_byte_for_byte(done: Done) -> None:
         assert (done.output / name).read_bytes() == (done.pair.base / name).read_bytes(), name
     for name in STRAYS:
         assert not (done.output / name).exists()
+
+
+def test_links_out_of_the_checkpoint_are_not_followed_to_what_is_not_its_own(
+    tmp_path: Path,
+) -> None:
+    """But those of a hub cache are, and those to a config or tokenizer that lies elsewhere."""
+    secret, shared = tmp_path / "secret.txt", tmp_path / "tokenizer.json"
+    snapshot = tmp_path / "cache" / "models--a--b" / "snapshots" / "c"
+    blob = snapshot.parent.parent / "blobs" / "0"
+    for file in (secret, shared, blob, snapshot / "own.txt"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("{}")
+    (snapshot / "notes.txt").symlink_to(secret)
+    (snapshot / "again.txt").symlink_to("own.txt")
+    (snapshot / "config.json").symlink_to(blob)
+    (snapshot / "merges.json").symlink_to(blob)
+    (snapshot / "tokenizer.json").symlink_to(shared)
+    wanted = ["again.txt", "config.json", "merges.json", "own.txt", "tokenizer.json"]
+    assert side_files(snapshot) == wanted
 
 
 def test_the_card_the_recipe_and_the_provenance_are_ours(done: Done) -> None:

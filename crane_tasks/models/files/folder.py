@@ -23,6 +23,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+USUAL = ("config.json", "generation_config.json", *TOKENIZER_FILES)
 CARD = "README.md"
 # Sizes beyond which a config is a mistake, or made to harm.
 MOST = {
@@ -59,9 +60,21 @@ def is_side_file(name: str) -> bool:
 
 
 def side_files(folder: Path) -> list[str]:
-    """Config, tokenizer, chat template and every other file that a merge carries over."""
+    """Config, tokenizer, chat template and every other file that a merge carries over.
+
+    Links that lead out of the checkpoint are followed for the files that every checkpoint has, and
+    within a hub cache; what else they lead to is none of the checkpoint's, and stays.
+    """
     found = [p for p in (*folder.glob("*"), *folder.glob(f"{TEMPLATES}/*")) if p.is_file()]
-    return sorted(n for p in found if is_side_file(n := p.relative_to(folder).as_posix()))
+    own = [p for p in found if p.name in USUAL or not _leads_out(p, folder)]
+    return sorted(n for p in own if is_side_file(n := p.relative_to(folder).as_posix()))
+
+
+def _leads_out(file: Path, folder: Path) -> bool:
+    target, home = file.resolve(), folder.resolve()
+    blobs = home.parent.parent / "blobs"  # of a snapshot in a hub cache
+    in_cache = home.parent.name == "snapshots" and target.is_relative_to(blobs)
+    return not (target.is_relative_to(home) or in_cache)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
