@@ -69,6 +69,10 @@ class DigestMemo:
         self.remember(file, stat, digest)
         return digest
 
+    def heard_of(self, file: Path) -> bool:
+        """Whether the file was ever hashed, whatever became of it since."""
+        return hub_digest(file) is not None or str(file) in self._known
+
     @property
     def taken(self) -> set[_Taken]:
         """The files that this process has hashed itself."""
@@ -76,7 +80,7 @@ class DigestMemo:
 
     def forget(self, file: Path) -> None:
         """Have a file hashed again when it is asked for next."""
-        self._known.pop(str(file), None)
+        self._known[str(file)] = (-1, -1, "")
         self._append({"path": str(file), "size": -1, "mtime_ns": -1, "digest": ""})
 
     def remember(self, file: Path, stat: os.stat_result, digest: str) -> None:

@@ -30,13 +30,13 @@ class ChangedFile(Exception):
 
 @contextmanager
 def proven(files: Iterable[Path], memo: DigestMemo) -> Iterator[None]:
-    """Hash files beside the block's work, and compare at its end.
+    """Hash files beside the block's work, and compare at its end; those that have a digest.
 
     Raises:
         ChangedFile: one is not what its digest in the memo was taken from. The memo has forgotten
             it, so that the next run sees what is there.
     """
-    begun = [(file, _proof(file, memo)) for file in files]
+    begun = [(file, _proof(file, memo)) for file in files if memo.heard_of(file)]
     yield
     for file, proof in begun:
         if proof is None or not proof.result():

@@ -21,11 +21,11 @@ class Bench:
         return self.folder / "store"
 
     def artifacts(self) -> set[str]:
-        """Everything in the store but locks and the memo of digests."""
+        """Everything in the store but locks, and what is noted of processes and pairs."""
         return {
             p.relative_to(self.store).as_posix()
             for p in self.store.glob("*/*")
-            if not p.name.startswith(".lock")
+            if not p.name.startswith(".lock") and p.parent.name not in (".running", "checked")
         }
 
     def crane(self, command: str, *args: object) -> Ended:

@@ -188,7 +188,7 @@ def finished_units(folder: Path) -> dict[str, int]:
     """The files of the finished units of a draft or artifact, by inode."""
     log = folder / "units.jsonl"
     whole = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
-    names = [json.loads(line)["unit"] for line in whole]
+    names = [json.loads(line)["record"]["unit"] for line in whole]
     return {
         str(p.relative_to(folder)): p.stat().st_ino
         for name in names

@@ -228,7 +228,7 @@ def test_a_config_that_is_none_is_refused(moe: TinyPair, text: str, message: str
 def test_a_config_with_no_number_of_layers_is_refused(moe: TinyPair, layers: Any) -> None:
     file = moe.base / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"num_hidden_layers": layers}))
-    refused(moe.base, r"decoder-only language model|the config has -1 layers")
+    refused(moe.base, r"decoder-only language model|num_hidden_layers is -1")
 
 
 def test_an_architecture_without_a_table_is_refused_by_its_name(moe: TinyPair) -> None:
