@@ -291,7 +291,7 @@ def open_context(session: Session, *, whole: bool = True) -> Context:
     # What was found right once is right for the same content, and the same checks.
     tokenizers = [tokenizer_identity(side, memo) for side in (base, donor)]
     stops = {"base": stops_identity(base, memo), "donor": stops_identity(donor, memo)}
-    claim = digest_of([base_id, donor_id, tokenizers, stops, list(recipe.pair.allow), _checker()])
+    claim = digest_of([base_id, donor_id, tokenizers, stops, sorted(recipe.pair.allow), _checker()])
     checked = store.root / CHECKED / claim
     if known and not checked.exists():
         check_pair(pair, recipe.pair.allow)

@@ -1,9 +1,11 @@
 """Weights, outputs and drafts that rot or are changed between two commands, size and time kept:
 seen where they are read, named, and never part of a result."""
 
+import hashlib
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -151,6 +153,26 @@ def test_weights_that_rot_between_two_merges_are_named_and_never_merged(
     flip(file)
     assert crane(clean, *merge(pair, clean, "--alpha", "0.7", "--rehash", "--force")).code == 0
     assert weights(clean / "out") == weights(tmp_path / "out"), "of the weights as they are now"
+
+
+def test_a_hub_caches_blob_is_held_to_its_name(pairs: Pairs, tmp_path: Path) -> None:
+    pair = pairs("qwen3").copy(tmp_path / "pair")
+    snapshot = tmp_path / "cache" / "models--a--b" / "snapshots" / "c"
+    blobs = snapshot.parent.parent / "blobs"
+    blobs.mkdir(parents=True)
+    shutil.copytree(pair.base, snapshot)
+    for file in snapshot.glob("*.safetensors"):
+        blob = blobs / hashlib.sha256(file.read_bytes()).hexdigest()
+        file.rename(blob)
+        file.symlink_to(blob)
+    command = merge(pair, tmp_path, "--set", f"base={snapshot}")
+    assert crane(tmp_path, *command).code == 0
+    blob = sorted(snapshot.glob("*.safetensors"))[1].resolve()
+    flip(blob)
+    ended = crane(tmp_path, *command, "--alpha", "0.7", "--force")
+    assert ended.code == 2 and f"delete {blob}, and run again" in ended.err
+    ended = crane(tmp_path, *command, "--alpha", "0.7", "--force", "--rehash")
+    assert ended.code == 2 and f"Delete {blob} and download it again" in ended.err
 
 
 def test_a_drafts_shard_that_rots_is_written_anew(pairs: Pairs, tmp_path: Path) -> None:
