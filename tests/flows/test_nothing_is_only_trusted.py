@@ -155,6 +155,7 @@ def test_weights_that_rot_between_two_merges_are_named_and_never_merged(
     assert weights(clean / "out") == weights(tmp_path / "out"), "of the weights as they are now"
 
 
+@pytest.mark.slow
 def test_a_hub_caches_blob_is_held_to_its_name(pairs: Pairs, tmp_path: Path) -> None:
     pair = pairs("qwen3").copy(tmp_path / "pair")
     snapshot = tmp_path / "cache" / "models--a--b" / "snapshots" / "c"
@@ -175,6 +176,7 @@ def test_a_hub_caches_blob_is_held_to_its_name(pairs: Pairs, tmp_path: Path) -> 
     assert ended.code == 2 and f"Delete {blob} and download it again" in ended.err
 
 
+@pytest.mark.slow
 def test_a_drafts_shard_that_rots_is_written_anew(pairs: Pairs, tmp_path: Path) -> None:
     pair, wanted = pairs("qwen3"), tmp_path / "wanted"
     wanted.mkdir()
