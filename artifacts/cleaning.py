@@ -11,7 +11,7 @@ from typing import Any
 
 from artifacts.errors import DamagedArtifact, StoreError
 from artifacts.running import used_since
-from artifacts.store import MANIFEST, OUTSIDE, Store
+from artifacts.store import DAMAGED, MANIFEST, OUTSIDE, Store
 
 DAY = 86_400.0
 
@@ -134,7 +134,7 @@ def nearest(store: Store, stage: str, identity: dict[str, Any]) -> dict[str, Any
         try:
             manifest = json.loads((path / MANIFEST).read_text())
             alike = len(differences(manifest, identity))
-        except (OSError, ValueError, KeyError):
+        except DAMAGED:
             continue
         candidate = (-alike, (path / MANIFEST).stat().st_mtime, manifest)
         if best is None or candidate[:2] > best[:2]:

@@ -239,3 +239,12 @@ def test_what_a_run_has_used_stays_until_it_ends(tmp_path: Path) -> None:
     for note in (tmp_path / ".running").iterdir():  # this process's own, too: it goes on
         if not note.name.startswith(f"{os.getpid()}-"):
             assert used_since(tmp_path) is not None and not note.exists()
+
+
+@pytest.mark.parametrize("content", ["null", "[]", "{}", "[" * 100_000, "\udcff"])
+def test_a_manifest_that_is_none_is_near_to_nothing(content: str, tmp_path: Path) -> None:
+    store, sound = build_sample(tmp_path)
+    _, broken = build_sample(tmp_path, more=1)
+    (broken.path / MANIFEST).write_bytes(content.encode(errors="surrogateescape"))
+    found = nearest(store, "sample", sample_ref(more=2).identity())
+    assert found is not None and found["key"] == sound.ref.key
