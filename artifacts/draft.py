@@ -12,6 +12,7 @@ import torch
 import zarr
 from torch import Tensor
 
+from artifacts.durable import sync_path
 from artifacts.errors import StoreError
 from artifacts.ref import digest_of
 from artifacts.schema import Schema
@@ -39,16 +40,7 @@ def write_atomically(file: Path, text: str) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     part.replace(file)
-    sync_folder(file.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in a folder durable."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    sync_path(file.parent)
 
 
 class Unit:
@@ -118,7 +110,7 @@ class Unit:
             "meta": self.meta,
         }
         make_durable(self._folder)
-        sync_folder(self._folder.parent)
+        sync_path(self._folder.parent)
         return record
 
 

@@ -22,7 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from artifacts.artifact import Artifact
-from artifacts.draft import DATA, OUTSIDE, SCRATCH, Draft, Unit, sync_folder, write_atomically
+from artifacts.draft import DATA, OUTSIDE, SCRATCH, Draft, Unit, write_atomically
+from artifacts.durable import sync_path
 from artifacts.errors import DamagedArtifact, MissingArtifact, StoreError, UnusableStore
 from artifacts.ref import Ref, digest_of
 from artifacts.running import note_use
@@ -38,7 +39,6 @@ __all__ = [
     "Draft",
     "Store",
     "Unit",
-    "sync_folder",
     "write_atomically",
 ]
 FORMAT = 1
@@ -226,7 +226,7 @@ class Store:
         if final.exists():
             self.set_aside(final)  # without a manifest: what an interrupted removal left
         os.rename(draft.path, final)
-        sync_folder(final.parent)
+        sync_path(final.parent)
         # Last: a kill before the rename must leave a draft that can be resumed.
         (final / "units.jsonl").unlink(missing_ok=True)
         shutil.rmtree(final / SCRATCH, ignore_errors=True)
@@ -259,15 +259,13 @@ class Store:
             artifact = self.open_path(path)
         except (DamagedArtifact, StoreError) as error:
             return [str(error)]
+        for group in ("", *artifact.units()):
+            if not is_plain_group(folder := path / DATA / group):
+                problems.append(str(DamagedArtifact(folder, "its metadata is not that of a group")))
         for unit in artifact.units():
-            for group in (path / DATA, path / DATA / unit):
-                if not is_plain_group(group):
-                    problems.append(
-                        f"damaged artifact {group}: its metadata is not that of a group"
-                    )
             for name in artifact.arrays(unit):
                 try:
                     artifact.read(unit, name)
                 except DamagedArtifact as error:
                     problems.append(str(error))
-        return list(dict.fromkeys(problems))
+        return problems

@@ -21,6 +21,7 @@ from blake3 import blake3
 from torch import Tensor
 from zarr.codecs import BytesCodec, Crc32cCodec
 
+from artifacts.durable import sync_path
 from artifacts.errors import DamagedArtifact
 
 CHUNK_BYTES = 128 * 2**20
@@ -199,12 +200,8 @@ def record_chunks(folder: Path) -> ChunkRecord:
 
 def make_durable(folder: Path) -> None:
     """Bring an array's or a group's metadata to the disk, and the folder's own names."""
-    for place in (folder / METADATA, folder):
-        handle = os.open(place, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+    sync_path(folder / METADATA)
+    sync_path(folder)
 
 
 def check_chunks(folder: Path, record: ChunkRecord) -> None:

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from artifacts.durable import sync_path
 from artifacts.memo import DigestMemo, content_digest
-from artifacts.store import sync_folder
 from crane_tasks.apply.packing import announced
 from crane_tasks.errors import OutputError
 from crane_tasks.models.files.checkpoint import Checkpoint
@@ -255,12 +255,12 @@ def publish(draft: Path, folder: Path) -> None:
         if file.is_file():
             with file.open("rb+") as stream:
                 os.fsync(stream.fileno())
-    sync_folder(draft)
+    sync_path(draft)
     old = folder.with_name(f".{folder.name}.replaced")
     if folder.exists():
         shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
     draft.rename(folder)
-    sync_folder(folder.parent)
+    sync_path(folder.parent)
     # Also what a kill between the two renames of an earlier run has left.
     shutil.rmtree(old, ignore_errors=True)

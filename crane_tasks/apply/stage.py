@@ -146,6 +146,7 @@ def write_apply(ctx: Context, keys: Keys, draft: Draft) -> None:
     if not published:
         folder.mkdir(parents=True, exist_ok=True)
         draft.belongs(folder)
+        # The stage's own proof ends behind its writing: too late for what is published here.
         with proven_weights(ctx, [BASE_SIDE]):
             _write_shards(ctx, keys, units, folder, draft)
     written = [draft.units[name]["meta"] for name in units]

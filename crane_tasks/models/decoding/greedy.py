@@ -133,7 +133,7 @@ def _decode(
             max_length=width + max_new_tokens, pad_token_id=pad, do_sample=False, use_cache=True
         )
         model.generation_config = settings
-        done = _Ended(ends, ids.shape[1])
+        done = _Ended(ends)
         ids = model.generate(
             ids,
             attention_mask=mask,
@@ -186,8 +186,8 @@ class _Ended:
         rows: which have, bool [B].
     """
 
-    def __init__(self, ends: Tensor, begin: int) -> None:
-        self._ends, self._begin = ends, begin
+    def __init__(self, ends: Tensor) -> None:
+        self._ends = ends
         self.rows = torch.zeros(0, dtype=torch.bool, device=ends.device)
 
     def __call__(self, ids: Tensor, _scores: Any, **_kwargs: Any) -> Tensor:

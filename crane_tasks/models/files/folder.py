@@ -7,6 +7,7 @@ from typing import Any
 from crane_tasks.errors import CheckpointError
 from crane_tasks.json_file import read_json
 from crane_tasks.models.files.formats import other_form, quantised_words
+from crane_tasks.models.files.generation import GENERATION
 from crane_tasks.models.files.packed import block_of
 from crane_tasks.models.files.safetensors_io import Entry
 from crane_tasks.models.files.wording import listed
@@ -23,7 +24,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-USUAL = ("config.json", "generation_config.json", *TOKENIZER_FILES)
+USUAL = ("config.json", GENERATION, *TOKENIZER_FILES)
 CARD = "README.md"
 # Sizes beyond which a config is a mistake, or made to harm.
 MOST = {

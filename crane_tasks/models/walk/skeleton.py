@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from crane_tasks.errors import CheckpointError
 from crane_tasks.models.files.checkpoint import EMBEDDING, HEAD, Checkpoint
 from crane_tasks.models.files.configs import CONFIG_ERRORS, language_config
+from crane_tasks.models.files.generation import GENERATION
 from crane_tasks.models.files.layout import Layout
 from crane_tasks.models.files.wording import listed
 
@@ -130,7 +131,7 @@ def generation_config(checkpoint: Checkpoint) -> Any:
     make: Any = GenerationConfig
     folder = checkpoint.folder
     own = {"config_file_name": "config.json", "_from_model_config": True}
-    given = (folder / "generation_config.json").exists()
+    given = (folder / GENERATION).exists()
     try:
         return make.from_pretrained(folder, **({} if given else own))
     except (*CONFIG_ERRORS, OSError) as error:
